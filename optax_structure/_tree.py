@@ -1,0 +1,93 @@
+"""Paths into a params tree, and arguments brought to the tree that a wrapper left of it.
+
+A leaf's path is its keys joined by ``/``: ``"encoder/hidden_1/kernel"``. The trailing ``value`` that Flax NNX
+appends to every leaf is dropped, so that one rule fits NNX, Linen, Haiku, Equinox and plain dicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.tree_util import GetAttrKey, KeyPath
+
+PyTree = Any
+Params = Any
+
+
+def path_str(path: KeyPath) -> str:
+    """The ``/``-joined form of a JAX key path, without NNX's trailing ``value``."""
+    if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_by_path(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Every leaf by its path, in flattening order."""
+    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
+
+
+def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """``jax.tree.map`` whose function gets the leaf's path string first.
+
+    Label functions and per-leaf rules are built on this: it keeps ``optax.MaskedNode`` and the placeholder of
+    ``optax.tree.map_params`` as they are, which a dict comprehension does not.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_str(path), *leaves), tree, *rest)
+
+
+def _children(tree: PyTree) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is a tracer, whose contents no check on the host can read."""
+    return isinstance(value, Tracer)
+
+
+def is_leaf(tree: PyTree) -> bool:
+    """Whether ``tree`` is itself a leaf (an array, a string, a number) and no container."""
+    return jax.tree_util.all_leaves([tree])
+
+
+def align(tree: PyTree, like: Params, name: str = "tree") -> PyTree:
+    """Bring a params-shaped argument (or a prefix of it, or a function of it) to the structure of ``like``.
+
+    ``optax.partition`` and ``optax.masked`` hand their inner transform a tree with ``MaskedNode`` in place of
+    leaves, ``optax.tree.map_params`` a placeholder, ``per_leaf`` a single leaf. A tree of labels, masks or depths
+    was made for the whole; this returns the part of it that ``like`` still has.
+
+    Raises:
+      ValueError: where ``tree`` has another structure, naming the argument and the path.
+    """
+    if not jax.tree.leaves(like):
+        return like
+    if is_leaf(tree) and callable(tree):
+        tree = tree(like)
+    return _align(tree, like, name, "")
+
+
+def _align(tree: PyTree, like: Params, name: str, path: str) -> PyTree:
+    if not jax.tree.leaves(like):
+        return like
+    if is_leaf(like):
+        if is_leaf(tree):
+            return tree
+        raise ValueError(f"{name} has a container at {path or 'its root'!r} where params have a leaf.")
+    children, treedef = _children(like)
+    if is_leaf(tree):
+        return jax.tree.unflatten(treedef, [_align(tree, child, name, path) for child in children])
+    paths = [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(like, is_leaf=lambda node: node is not like)]
+    others, other_def = _children(tree)
+    if len(others) != len(children) or (other_def != treedef and type(tree) is type(like)):
+        raise ValueError(
+            f"{name} does not have the structure of params at {path or 'the root'!r}: "
+            f"params hold {paths}, {name} holds {other_def}."
+        )
+    parts = [
+        _align(other, child, name, f"{path}/{p}".strip("/"))
+        for other, child, p in zip(others, children, paths, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, parts)

@@ -1,0 +1,204 @@
+"""Exact selection of the k largest entries, without a sort.
+
+Each number becomes an unsigned integer of the same order, and the k-th largest is found bit by bit from the top:
+at most 32 passes that compare and count, each one fused reduction. Nothing is sorted, gathered or scattered, so the
+cost is that of reading the array a few dozen times, on any accelerator, at any k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from optax_structure._tree import PyTree, align
+
+_SIGN = np.uint32(0x80000000)
+_INFINITY = np.uint32(0x7F800000)
+
+
+def _kind(dtype: Any) -> str:
+    """Arrays of one kind have comparable keys."""
+    kinds = {"float": jnp.floating, "signed": jnp.signedinteger, "unsigned": jnp.unsignedinteger}
+    return next((name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)), str(dtype))
+
+
+def _order_keys(values: Array) -> Array:
+    """uint32 keys in the order of ``values``; both zeros share a key, NaN has the lowest."""
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+        size = bits & ~_SIGN
+        keys = jnp.where(bits >= _SIGN, ~bits, bits | _SIGN)
+        # Integer tests, because a float comparison with 0 is true of denormals where the hardware flushes them.
+        keys = jnp.where(size == 0, _SIGN, keys)
+        return jnp.where(size > _INFINITY, jnp.uint32(0), keys)
+    if jnp.issubdtype(values.dtype, jnp.signedinteger):
+        return lax.bitcast_convert_type(values.astype(jnp.int32), jnp.uint32) ^ _SIGN
+    if values.dtype == jnp.bool_ or jnp.issubdtype(values.dtype, jnp.unsignedinteger):
+        return values.astype(jnp.uint32)
+    raise ValueError(f"scores have dtype {values.dtype}, which has no order; pass real numbers.")
+
+
+def _threshold(count: Callable[[Array], Array], bits: int, k: Array, reached: Array) -> tuple[Array, Array]:
+    """The largest threshold t with ``count(t) >= k``, or the first one found with ``count(t) == k``, and its count."""
+
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        bit, _, reached = carry
+        return (bit >= 0) & (reached != k)
+
+    def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        bit, threshold, reached = carry
+        trial = threshold | (jnp.uint32(1) << bit.astype(jnp.uint32))
+        number = count(trial)
+        enough = number >= k
+        return bit - 1, jnp.where(enough, trial, threshold), jnp.where(enough, number, reached)
+
+    _, threshold, reached = lax.while_loop(unfinished, step, (jnp.int32(bits - 1), jnp.uint32(0), reached))
+    return threshold, reached
+
+
+def _total(parts: list[Array]) -> Array:
+    """How many entries are True. Counted in float32, which CPUs add twice as fast, where it is exact."""
+    dtypes = [jnp.float32 if part.size <= 2**24 else jnp.int32 for part in parts]
+    return sum(
+        (jnp.sum(part, dtype=dtype).astype(jnp.int32) for part, dtype in zip(parts, dtypes, strict=True)), jnp.int32(0)
+    )
+
+
+@jax.jit
+def _select(scores: list[Array], where: list[Array], k: Array) -> list[Array]:
+    where = [jnp.broadcast_to(w, s.shape) for w, s in zip(where, scores, strict=True)]
+    # A position that is no candidate gets key 0. So may a candidate (NaN); the test of ``where`` below parts them.
+    keys = [jnp.where(w, _order_keys(s), jnp.uint32(0)) for w, s in zip(where, scores, strict=True)]
+    candidates = _total(where)
+    k = jnp.clip(k, 0, candidates)
+    lowest, reached = _threshold(lambda t: _total([key >= t for key in keys]), 32, k, candidates)
+
+    # Equal scores at the threshold: the lowest positions win. No pass is made when the threshold parts them already.
+    starts = np.cumsum([0, *(s.size for s in scores)])
+    total = int(starts[-1])
+
+    def taken(position: Array) -> list[Array]:
+        masks = []
+        for w, key, start in zip(where, keys, starts, strict=False):
+            from_end = np.uint32(total - 1 - start) - lax.iota(jnp.uint32, key.size).reshape(key.shape)
+            masks.append(w & ((key > lowest) | ((key == lowest) & (from_end >= position))))
+        return masks
+
+    position, _ = _threshold(lambda p: _total(taken(p)), max(total - 1, 0).bit_length(), k, reached)
+    return [mask & (k > 0) for mask in taken(position)]
+
+
+def _checked_count(k: Any, least: int = 0) -> Array:
+    """``k`` as an int32 scalar, so that no new value or kind of number compiles anew."""
+    if not isinstance(k, jax.Array):
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < least:
+            raise ValueError(f"k={k!r} must be an integer of at least {least}.")
+        k = min(int(k), np.iinfo(np.int32).max)
+    elif jnp.ndim(k) or not jnp.issubdtype(k.dtype, jnp.integer):
+        raise ValueError(f"k must be an integer scalar, got shape {k.shape} and dtype {k.dtype}.")
+    return jnp.asarray(k, jnp.int32)
+
+
+def top_k_mask(scores: Array, k: int | Array, where: Array | None = None) -> Array:
+    """True at exactly the ``k`` highest scores.
+
+    Equal scores are taken in the order of their flat index, lowest first, so the result equals that of a stable
+    descending argsort. ``-0.0`` equals ``0.0``; NaN ranks below everything else, ``-inf`` included, and is taken last.
+    Scores are compared as float32 (exact for float32, float16 and bfloat16) or as 32-bit integers.
+    Callable inside ``jit``, ``scan`` and ``vmap``; ``k`` may be traced and a new value does not compile again.
+
+    Args:
+      scores: real numbers of any shape.
+      k: how many to take, at least 0. A count above the number of candidates takes all of them.
+      where: bool, broadcastable to ``scores``: the candidates. None: every entry.
+
+    Returns:
+      A bool array of the shape of ``scores`` with exactly ``min(k, number of candidates)`` entries True.
+
+    Raises:
+      ValueError: where ``k`` is negative or not an integer, or ``scores`` are complex.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_structure as oxs
+      >>> oxs.top_k_mask(jnp.array([3.0, 1.0, 3.0, 2.0, 3.0]), 2).tolist()
+      [True, False, True, False, False]
+      >>> oxs.top_k_mask(jnp.array([3.0, 1.0, 2.0]), 1, where=jnp.array([False, True, True])).tolist()
+      [False, False, True]
+    """
+    return top_k_mask_tree([scores], k, None if where is None else [where])[0]
+
+
+def top_k_mask_tree(scores: PyTree, k: int | Array, where: PyTree | None = None) -> PyTree:
+    """True at exactly the ``k`` highest scores over all leaves of a tree together.
+
+    One threshold is found for the whole tree from counts summed over the leaves, which are never concatenated.
+    Ties go to the earlier leaf in flattening order, then to the lower flat index. Otherwise as ``top_k_mask``.
+
+    Args:
+      scores: tree of real arrays.
+      k: how many to take over the whole tree, at least 0.
+      where: tree of the structure of ``scores`` (or a prefix of it): bool arrays, or a scalar for a whole leaf;
+        a leaf to skip has a scalar False. None: every entry of every leaf.
+
+    Returns:
+      Tree of the structure of ``scores`` of bool arrays with ``min(k, number of candidates)`` entries True in all.
+
+    Raises:
+      ValueError: as ``top_k_mask``; where ``where`` has another structure; where leaves mix kinds of numbers (float,
+        signed, unsigned, bool); at 2**31 entries or more.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_structure as oxs
+      >>> scores = {"a": jnp.array([5.0, 1.0]), "b": jnp.array([4.0, 9.0]), "c": jnp.array([99.0])}
+      >>> masks = oxs.top_k_mask_tree(scores, 2, where={"a": True, "b": True, "c": False})
+      >>> {name: mask.tolist() for name, mask in masks.items()}
+      {'a': [True, False], 'b': [False, True], 'c': [False]}
+    """
+    count = _checked_count(k)
+    leaves, treedef = jax.tree.flatten(scores)
+    if not leaves:
+        return scores
+    arrays = [jnp.asarray(leaf) for leaf in leaves]
+    if len({_kind(array.dtype) for array in arrays}) > 1:
+        raise ValueError(
+            f"scores mix kinds of numbers ({sorted({str(a.dtype) for a in arrays})}); cast them to one kind."
+        )
+    if sum(array.size for array in arrays) >= 2**31:
+        raise ValueError("scores hold 2**31 entries or more; select within parts of the tree.")
+    candidates = jax.tree.leaves(align(True if where is None else where, scores, "where"))
+    return jax.tree.unflatten(treedef, _select(arrays, [jnp.asarray(w, bool) for w in candidates], count))
+
+
+def kth_largest(values: Array, k: int | Array) -> Array:
+    """The exact k-th largest entry of an array, counting equal entries as often as they stand.
+
+    Order and dtypes are those of ``top_k_mask``; NaN is the smallest. ``k`` may be traced.
+
+    Args:
+      values: real numbers of any shape, at least one.
+      k: 1 is the maximum, ``values.size`` the minimum. A traced ``k`` is clipped to that range.
+
+    Returns:
+      A scalar of the dtype of ``values``.
+
+    Raises:
+      ValueError: where a ``k`` that is not traced lies outside 1 to ``values.size``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_structure as oxs
+      >>> float(oxs.kth_largest(jnp.array([[4.0, 7.0], [7.0, 1.0]]), 3))
+      4.0
+    """
+    values = jnp.asarray(values)
+    count = _checked_count(k, least=1)
+    if not isinstance(k, jax.Array) and k > values.size:
+        raise ValueError(f"k={k} exceeds the {values.size} entries of values.")
+    # Taken from the array by position: a minimum of floats would flush denormals on some hardware.
+    mask, keys = top_k_mask(values, jnp.maximum(count, 1)), _order_keys(values)
+    lowest = jnp.min(keys, where=mask, initial=np.uint32(0xFFFFFFFF))
+    return values.ravel()[jnp.argmax(mask & (keys == lowest))]

@@ -1,0 +1,1 @@
+"""Every strategy is a composable ``optax.GradientTransformation``, one family a module."""

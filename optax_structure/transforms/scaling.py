@@ -1,0 +1,271 @@
+"""Rates as multipliers on one base rate: by label, depth, age and density.
+
+All of these go *after* the moment-holding transform (``optax.scale_by_adam``), whose output does not depend on the
+scale of its input, and before or after ``optax.scale_by_learning_rate``. Chained, their factors multiply.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_structure._markers import LabelClock
+from optax_structure._tree import PyTree, align
+from optax_structure.labels import LabelFn, Labels
+from optax_structure.transforms._extra import check_number, require, scaled, transformation
+
+Schedule = Callable[[Any], Any]
+
+
+def label_code(label: str) -> int:
+    """A label as a number that an optimizer state can hold: the CRC-32 of its text."""
+    return zlib.crc32(label.encode())
+
+
+def scale_by_label(
+    scales: Mapping[str, float | Schedule], labels: Labels | LabelFn
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply the update of every leaf by the scale of its label.
+
+    ``u_leaf <- scales[label(leaf)] * u_leaf``. A schedule reads the leaf's own count of updates since it got its
+    label, 0 at the first: ``optax.linear_schedule(0., 1., 500)`` under ``"new"`` warms up every new leaf from its own
+    birth, and once more when a leaf gets that label again (``transfer_state`` compares labels).
+
+    This equals ``optax.partition({label: chain(inner, scale(scales[label]))}, labels)`` for an ``inner`` that works
+    leaf by leaf, at a cost that does not grow with the number of labels.
+
+    Args:
+      scales: label -> factor >= 0, or a schedule ``count -> factor``. 0 gives an update of exactly 0.
+      labels: tree of labels with the structure of params, a prefix of it, or a function ``params -> labels``.
+
+    Returns:
+      A transformation whose state holds one count and one label code (scalars) a leaf.
+
+    Raises:
+      ValueError: for a negative scale, and for a label without a scale, naming it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_structure as oxs
+      >>> params = {"backbone": jnp.ones(2), "head": jnp.ones(2)}
+      >>> tx = oxs.scale_by_label({"pretrained": 0.1, "new": 1.0}, {"backbone": "pretrained", "head": "new"})
+      >>> updates, _ = tx.update({"backbone": jnp.ones(2), "head": jnp.ones(2)}, tx.init(params))
+      >>> [float(updates[name][0].round(3)) for name in ("backbone", "head")]
+      [0.10000000149011612, 1.0]
+
+    References:
+      Howard & Ruder, Universal language model fine-tuning for text classification, 2018 (discriminative rates).
+    """
+    scales = dict(scales)
+    for label, scale in scales.items():
+        if not callable(scale):
+            check_number(f"scales[{label!r}]", scale)
+
+    def checked(labels: Labels) -> Labels:
+        missing = {label for label in jax.tree.leaves(labels) if label not in scales}
+        if missing:
+            raise ValueError(f"labels {sorted(missing)} have no scale; scales are given for {sorted(scales)}.")
+        return labels
+
+    if not callable(labels):
+        checked(labels)
+
+    def init_fn(params: optax.Params) -> LabelClock:
+        aligned = checked(align(labels, params, "labels"))
+        return LabelClock(
+            count=jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params),
+            label=jax.tree.map(lambda label: jnp.asarray(label_code(label), jnp.uint32), aligned),
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: LabelClock, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, LabelClock]:
+        del params, extra_args
+
+        def scale_leaf(update: jax.Array, label: str, count: jax.Array) -> jax.Array:
+            scale = scales[label]
+            return scaled(update, scale(count) if callable(scale) else scale)
+
+        updates = jax.tree.map(scale_leaf, updates, align(labels, updates, "labels"), state.count)
+        return updates, state._replace(count=jax.tree.map(optax.safe_increment, state.count))
+
+    return transformation(init_fn, update_fn)
+
+
+def scale_by_depth(
+    decay: float, depths: PyTree, *, protect: Literal["early", "late"] = "early", min_scale: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    """Layer-wise learning-rate decay (LLRD): the factor falls geometrically with the distance from one end.
+
+    With depths ``d = 0 .. D-1``: ``decay ** ((D-1-d) / (D-1))`` protects the early layers (the last has factor 1, the
+    first ``decay``), ``decay ** (d / (D-1))`` the late ones; 1 when ``D = 1``; never below ``min_scale``.
+
+    Args:
+      decay: factor of the most protected layer, in [0, 1].
+      depths: tree of ints with the structure of params (see ``layer_depths``), a prefix, or a function of params. ``D``
+        is one more than the greatest depth of the whole tree: inside ``optax.partition`` pass a tree.
+      protect: which end learns slowly.
+      min_scale: floor of the factor, in [0, 1].
+
+    Returns:
+      A stateless transformation.
+
+    Raises:
+      ValueError: for numbers out of range, an unknown ``protect``, a negative depth.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_structure as oxs
+      >>> params = {"a": jnp.ones(1), "b": jnp.ones(1), "c": jnp.ones(1)}
+      >>> tx = oxs.scale_by_depth(0.25, {"a": 0, "b": 1, "c": 2})
+      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> [float(u[0]) for u in updates.values()]
+      [0.25, 0.5, 1.0]
+
+    References:
+      Clark et al., ELECTRA, 2020 (layer-wise decay); Howard & Ruder, 2018.
+    """
+    check_number("decay", decay, high=1.0)
+    check_number("min_scale", min_scale, high=1.0)
+    if protect not in ("early", "late"):
+        raise ValueError(f"protect={protect!r} must be 'early' or 'late'.")
+
+    def checked(depths: PyTree) -> PyTree:
+        if any(depth < 0 for depth in jax.tree.leaves(depths)):
+            raise ValueError(f"depths must be >= 0, got {sorted(set(jax.tree.leaves(depths)))}.")
+        return depths
+
+    whole = None if callable(depths) else checked(depths)
+
+    def update_fn(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params, extra_args
+        here = checked(align(depths, updates, "depths"))
+        last = max(jax.tree.leaves(here if whole is None else whole), default=0)
+
+        def scale_leaf(update: jax.Array, depth: int) -> jax.Array:
+            distance = (last - depth if protect == "early" else depth) / max(last, 1)
+            return scaled(update, jnp.maximum(jnp.asarray(decay, jnp.float32) ** distance, min_scale))
+
+        return jax.tree.map(scale_leaf, updates, here), state
+
+    return transformation(lambda params: optax.EmptyState(), update_fn)
+
+
+class ScaleByAgeState(NamedTuple):
+    """State of ``scale_by_age``: int32 scalar a leaf, steps or events since it was born."""
+
+    age: PyTree
+
+
+def scale_by_age(
+    schedule: Schedule, *, unit: Literal["steps", "events"] = "steps"
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply the update of every leaf by ``schedule(age)``: warm-up, or decay, from the leaf's own birth.
+
+    A leaf's age is 0 at its first update. In steps it grows with every update; in events it grows by one with every
+    update whose ``event=`` is true (a traced bool), so that "ten times slower per growth phase" is
+    ``lambda age: 0.1 ** age``. ``transfer_state`` carries ages over and starts new leaves at 0.
+
+    Args:
+      schedule: age (int32 scalar) -> factor.
+      unit: what age counts.
+
+    Returns:
+      A transformation whose state holds one int32 scalar a leaf. In events, ``update`` needs ``event=``.
+
+    Raises:
+      ValueError: for an unknown ``unit`` or a schedule that is not callable; in ``update`` for a missing ``event=``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_structure as oxs
+      >>> tx = oxs.scale_by_age(optax.linear_schedule(0.0, 1.0, 2))
+      >>> state, factors = tx.init(jnp.ones(())), []
+      >>> for _ in range(3):
+      ...     update, state = tx.update(jnp.ones(()), state)
+      ...     factors.append(float(update))
+      >>> factors
+      [0.0, 0.5, 1.0]
+    """
+    if not callable(schedule):
+        raise ValueError(f"schedule={schedule!r} must be a function of age, such as optax.linear_schedule(0, 1, 500).")
+    if unit not in ("steps", "events"):
+        raise ValueError(f"unit={unit!r} must be 'steps' or 'events'.")
+
+    def init_fn(params: optax.Params) -> ScaleByAgeState:
+        return ScaleByAgeState(age=jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByAgeState,
+        params: optax.Params | None = None,
+        *,
+        event: jax.Array | bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAgeState]:
+        del params, extra_args
+        if unit == "steps":
+            passed = jnp.ones((), jnp.int32)
+        else:
+            passed = jnp.asarray(require(event, "event", "scale_by_age(unit='events')"), bool).astype(jnp.int32)
+        updates = jax.tree.map(lambda u, age: scaled(u, schedule(age)), updates, state.age)
+        return updates, ScaleByAgeState(age=jax.tree.map(lambda age: age + passed, state.age))
+
+    return transformation(init_fn, update_fn)
+
+
+def scale_by_density(
+    fn: Callable[[jax.Array], jax.Array], *, per: Literal["leaf", "unit"] = "leaf"
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply the update of every sparse leaf by a function of its density.
+
+    Args:
+      fn: density (float32, in 0..1) -> factor, elementwise. Thresholds are written in it:
+        ``lambda d: jnp.where(d < 0.02, 2.0, jnp.where(d > 0.1, 0.5, 1.0))``.
+      per: ``"leaf"`` reads one density a leaf; ``"unit"`` one an entry of the last axis (the incoming connections of
+        one unit), so that a dense patch in a sparse leaf gets its own rate.
+
+    Returns:
+      A stateless transformation that reads ``masks=`` (``sparse`` passes them). A leaf that is not sparse (scalar
+      mask) keeps its update.
+
+    Raises:
+      ValueError: for an unknown ``per`` or a ``fn`` that is not callable; in ``update`` for missing ``masks=``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_structure as oxs
+      >>> params = jnp.ones((4, 2))
+      >>> tx = oxs.scale_by_density(lambda density: 1.0 / density)
+      >>> mask = jnp.array([[True, False]] * 4)
+      >>> float(tx.update(params, tx.init(params), masks=mask)[0][0, 0])
+      2.0
+    """
+    if not callable(fn):
+        raise ValueError(f"fn={fn!r} must be a function of density.")
+    if per not in ("leaf", "unit"):
+        raise ValueError(f"per={per!r} must be 'leaf' or 'unit'.")
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        *,
+        masks: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params, extra_args
+
+        def scale_leaf(update: jax.Array, mask: jax.Array) -> jax.Array:
+            if jnp.ndim(mask) == 0:
+                return update
+            axes = tuple(range(mask.ndim - (per == "unit")))
+            return scaled(update, fn(jnp.mean(mask, axis=axes, dtype=jnp.float32)))
+
+        masks = align(require(masks, "masks", "scale_by_density"), updates, "masks")
+        return jax.tree.map(scale_leaf, updates, masks), state
+
+    return transformation(lambda params: optax.EmptyState(), update_fn)
