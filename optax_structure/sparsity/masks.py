@@ -181,8 +181,13 @@ def _random_mask(key: Array, shape: tuple[int, ...], count: Array | int, min_fan
     flat = (math.prod(shape[:-1]), shape[-1])
     first, rest = jax.random.split(key)
     # Random integers, not floats: they use all 32 bits, so ties (which favour low positions) are next to none.
-    pick = jax.vmap(lambda column: top_k_mask(column, min_fan_in), in_axes=1, out_axes=1)
-    placed = pick(jax.random.bits(first, flat)) if min_fan_in else jnp.zeros(flat, bool)
+    draws = jax.random.bits(first, flat) | np.uint32(1)
+
+    def place_one(_: Any, placed: Array) -> Array:
+        best = jnp.argmax(jnp.where(placed, jnp.uint32(0), draws), axis=0)
+        return placed | (jnp.arange(flat[0])[:, None] == best)
+
+    placed = jax.lax.fori_loop(0, min_fan_in, place_one, jnp.zeros(flat, bool))
     mask = placed | top_k_mask(jax.random.bits(rest, flat), count - min_fan_in * shape[-1], where=~placed)
     return mask.reshape(shape)
 
