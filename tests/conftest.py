@@ -1,0 +1,52 @@
+"""What every test shares: two CPU devices, a compilation cache of its own, and the folder of the real data.
+
+Imports nothing beyond JAX and pytest, so that the suite of the transformations runs in a bare environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Read by JAX once, at its import. Two devices let the mesh tests run anywhere; a GPU is used where it is asked for.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import pytest
+
+MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the process a compilation cache: tests compile the same small programs anew, a hit costs a sixth.
+
+    The folder is the process's own and goes with it, so that nothing stale or half-written is ever read.
+    """
+    folder = tempfile.mkdtemp(prefix="optax_structure_cache_")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """The folder of the four MNIST IDX files, gzipped or not; skips where OPTAX_STRUCTURE_DATA is not set."""
+    named = os.environ.get("OPTAX_STRUCTURE_DATA")
+    if not named:
+        pytest.skip("set OPTAX_STRUCTURE_DATA to the folder that holds the MNIST IDX files")
+    folder = Path(named).resolve()
+    missing = [name for name in MNIST_FILES if not any((folder / (name + end)).is_file() for end in ("", ".gz"))]
+    if missing:
+        pytest.fail(f"OPTAX_STRUCTURE_DATA={named} lacks {missing}")
+    return folder

@@ -1,0 +1,38 @@
+"""The examples run as the scripts that a reader starts: real processes, at tiny size."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+# What makes an example small; one that is not listed is small by itself.
+TINY: dict[str, list[str]] = {}
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+    assert set(TINY) <= {path.name for path in EXAMPLES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    done = subprocess.run(
+        [sys.executable, str(path), *TINY.get(path.name, [])],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
