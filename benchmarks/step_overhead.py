@@ -9,6 +9,7 @@ adds a parameter-sized temporary (2.7 MB here) shows there. How it is measured: 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ WIDTHS = (784, 512, 512, 10)
 
 def network(key: jax.Array) -> Any:
     """Parameters of a ReLU network."""
-    sizes = list(zip(WIDTHS, WIDTHS[1:], strict=False))
+    sizes = itertools.pairwise(WIDTHS)
     return {
         f"layer_{i}": {
             "kernel": jax.random.normal(jax.random.fold_in(key, i), (fan_in, fan_out)) / jnp.sqrt(fan_in),

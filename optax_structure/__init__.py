@@ -6,10 +6,19 @@ function on pytrees. Layers and models for Flax are in ``optax_structure.nn``, w
 
 from optax_structure.extrema import ActivationStats as ActivationStats
 from optax_structure.extrema import Extrema as Extrema
+from optax_structure.extrema import extrema_counts as extrema_counts
 from optax_structure.extrema import extrema_over as extrema_over
 from optax_structure.extrema import find_extrema as find_extrema
 from optax_structure.extrema import init_activation_stats as init_activation_stats
 from optax_structure.extrema import update_activation_stats as update_activation_stats
+from optax_structure.growth import add_connections as add_connections
+from optax_structure.growth import add_patches as add_patches
+from optax_structure.growth import apply_patches as apply_patches
+from optax_structure.growth import embed_patches as embed_patches
+from optax_structure.growth import extrema_scores as extrema_scores
+from optax_structure.growth import insert_layer as insert_layer
+from optax_structure.growth import prune_connections as prune_connections
+from optax_structure.growth import widen as widen
 from optax_structure.labels import label_by_path as label_by_path
 from optax_structure.labels import label_counts as label_counts
 from optax_structure.labels import layer_depths as layer_depths
@@ -31,6 +40,7 @@ from optax_structure.structure import Patch as Patch
 from optax_structure.structure import UnitAxis as UnitAxis
 from optax_structure.structure import UnitGroup as UnitGroup
 from optax_structure.structure import Units as Units
+from optax_structure.structure import conv_chain as conv_chain
 from optax_structure.structure import dense_chain as dense_chain
 from optax_structure.transforms.connections import ConnectionRule as ConnectionRule
 from optax_structure.transforms.connections import age_rule as age_rule

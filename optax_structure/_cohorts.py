@@ -58,10 +58,12 @@ def _living_ids(cohort: PyTree) -> jax.Array:
     return members.at[ABSENT].set(False)
 
 
-def _reclaim(cohorts: Cohorts) -> tuple[Cohorts, jax.Array]:
-    """An id for a new cohort when all were given out: one without members, else the two oldest cohorts merge."""
-    living = _living_ids(cohorts.cohort)
-    free = ~living[:_IDS]
+def _reclaim(cohorts: Cohorts, taken: jax.Array) -> tuple[Cohorts, jax.Array]:
+    """An id for a new cohort when all were given out: one without members, else the two oldest cohorts merge.
+
+    ``taken``: ids that were given out just now and have no members yet.
+    """
+    free = ~_living_ids(cohorts.cohort).at[taken].set(True)[:_IDS]
 
     def merge(cohorts: Cohorts) -> tuple[Cohorts, jax.Array]:
         # The oldest two of one component, so that a merge never turns a patch into scaffold while it can be helped.
@@ -83,22 +85,27 @@ def _reclaim(cohorts: Cohorts) -> tuple[Cohorts, jax.Array]:
     return jax.lax.cond(jnp.any(free), reuse, merge, cohorts)
 
 
-def _open(cohorts: Cohorts, code: jax.Array) -> tuple[Cohorts, jax.Array]:
-    """A new cohort of component ``code`` born now: the cohorts with its row in the tables, and its id."""
-    cohorts, new = jax.lax.cond(
-        cohorts.used < _IDS, lambda c: (c._replace(used=c.used + 1), c.used.astype(jnp.uint8)), _reclaim, cohorts
-    )
-    birth = cohorts.birth.at[new].set(cohorts.count)
-    return cohorts._replace(birth=birth, component=cohorts.component.at[new].set(code)), new
-
-
 def mark_absent(cohorts: Cohorts, masks: PyTree) -> Cohorts:
     """Take connections off the mask out of their cohorts."""
 
     def leaf(cohort: jax.Array, mask: jax.Array) -> jax.Array:
         return jnp.where(mask, cohort, jnp.uint8(ABSENT)) if jnp.ndim(mask) else cohort
 
-    return cohorts._replace(cohort=jax.tree.map(leaf, cohorts.cohort, masks), synced=jnp.ones((), bool))
+    return cohorts._replace(
+        cohort=jax.tree.map(leaf, cohorts.cohort, masks), synced=jax.tree.map(jnp.ones_like, cohorts.synced)
+    )
+
+
+def _occurring(born: PyTree) -> jax.Array:
+    """Which component codes occur in ``born``: bool (len(COMPONENTS),)."""
+
+    def occurs(code: int) -> jax.Array:
+        # A maximum, not a bitwise or: over a mesh it becomes an all-reduce, and CPUs have none for the or of bytes.
+        return jnp.stack([jnp.max((leaf == code).astype(jnp.uint8)) for leaf in jax.tree.leaves(born)]).max() > 0
+
+    if not jax.tree.leaves(born):
+        return jnp.zeros(len(COMPONENTS), bool)
+    return jnp.stack([occurs(code) for code in range(len(COMPONENTS))])
 
 
 def admit(cohorts: Cohorts, born: PyTree) -> Cohorts:
@@ -108,17 +115,40 @@ def admit(cohorts: Cohorts, born: PyTree) -> Cohorts:
       cohorts: the cohorts of the connections that exist.
       born: tree of uint8 like ``cohorts.cohort`` (or scalars): component codes, 255 where nothing was born.
     """
-    leaves = jax.tree.leaves(born)
-    for code in range(len(COMPONENTS) if leaves else 0):
-        occurs = jnp.stack([jnp.any(leaf == code) for leaf in leaves]).any()
+    occurs = _occurring(born)
 
-        def enter(cohorts: Cohorts, code: int = code) -> Cohorts:
-            cohorts, new = _open(cohorts, jnp.uint8(code))
-            cohort = jax.tree.map(lambda c, b: jnp.where(b == code, new, c), cohorts.cohort, born)
-            return cohorts._replace(cohort=cohort)
+    def next_ids(cohorts: Cohorts) -> tuple[Cohorts, jax.Array]:
+        ids = cohorts.used + jnp.cumsum(occurs) - 1
+        return cohorts._replace(used=cohorts.used + jnp.sum(occurs, dtype=jnp.int32)), ids.astype(jnp.uint8)
 
-        cohorts = jax.lax.cond(occurs, enter, lambda cohorts: cohorts, cohorts)
-    return cohorts
+    def reclaimed_ids(cohorts: Cohorts) -> tuple[Cohorts, jax.Array]:
+        def reclaim(code: jax.Array, carry: tuple[Cohorts, jax.Array]) -> tuple[Cohorts, jax.Array]:
+            cohorts, ids = carry
+            cohorts, new = _reclaim(cohorts, ids)
+            # Written at once, so that the next merge knows of this cohort; as the youngest it is not merged itself.
+            birth = cohorts.birth.at[new].set(cohorts.count)
+            cohorts = cohorts._replace(birth=birth, component=cohorts.component.at[new].set(code.astype(jnp.uint8)))
+            return cohorts, ids.at[code].set(new)
+
+        def step(code: jax.Array, carry: tuple[Cohorts, jax.Array]) -> tuple[Cohorts, jax.Array]:
+            return jax.lax.cond(occurs[code], reclaim, lambda code, carry: carry, code, carry)
+
+        none_yet = jnp.full(len(COMPONENTS), ABSENT, jnp.uint8)
+        return jax.lax.fori_loop(0, len(COMPONENTS), step, (cohorts, none_yet))
+
+    fits = cohorts.used + jnp.sum(occurs) <= _IDS
+    cohorts, ids = jax.lax.cond(fits, next_ids, reclaimed_ids, cohorts)
+    table = jnp.full(256, ABSENT, jnp.uint8).at[: len(COMPONENTS)].set(ids)
+
+    def enter(cohort: jax.Array, codes: jax.Array) -> jax.Array:
+        return jnp.where(codes < len(COMPONENTS), table[codes.astype(jnp.int32)], cohort)
+
+    at = jnp.where(occurs, ids.astype(jnp.int32), 256)  # 256 is out of the tables: nothing is written there
+    return cohorts._replace(
+        cohort=jax.tree.map(enter, cohorts.cohort, born),
+        birth=cohorts.birth.at[at].set(cohorts.count, mode="drop"),
+        component=cohorts.component.at[at].set(jnp.arange(len(COMPONENTS), dtype=jnp.uint8), mode="drop"),
+    )
 
 
 def follow(cohorts: Cohorts, masks: PyTree, component: str = "scaffold") -> Cohorts:

@@ -7,8 +7,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_structure._cohorts import ABSENT, Cohorts, admit
+from optax_structure._tree import Params
 from optax_structure.structure import NOT_BORN
 
 
@@ -48,12 +50,20 @@ class CohortPlan(NamedTuple):
 class Change(NamedTuple):
     """The change of structure, as arrays by path; a path that is not listed did not change in that respect."""
 
-    sources: dict[str, tuple[jax.Array, ...]]
-    old_masks: dict[str, jax.Array]
-    new_masks: dict[str, jax.Array]
-    born: dict[str, jax.Array]
-    grads: dict[str, jax.Array]
-    reset: dict[str, jax.Array]
+    sources: dict[str, tuple[jax.Array, ...]] = {}  # noqa: RUF012  (never written to)
+    old_masks: dict[str, jax.Array] = {}  # noqa: RUF012
+    new_masks: dict[str, jax.Array] = {}  # noqa: RUF012
+    born: dict[str, jax.Array] = {}  # noqa: RUF012
+    grads: dict[str, jax.Array] = {}  # noqa: RUF012
+    reset: dict[str, jax.Array] = {}  # noqa: RUF012
+
+    def paths(self) -> frozenset[str]:
+        """The leaves in which anything may have changed."""
+        return frozenset({*self.sources, *self.old_masks, *self.new_masks, *self.born, *self.reset})
+
+    def shifted(self) -> frozenset[str]:
+        """The leaves in which rows move or start again, not connections alone."""
+        return frozenset({*self.sources, *self.reset})
 
 
 def _along(index: jax.Array, axis: int, ndim: int) -> jax.Array:
@@ -71,12 +81,13 @@ def _carried(path: str, change: Change, ndim: int) -> jax.Array:
     carried = jnp.ones((1,) * ndim, bool)
     for axis, index in enumerate(change.sources.get(path, ())):
         carried = carried & _along(index >= 0, axis, ndim)
-    new = change.new_masks.get(path)
-    if new is not None:
-        old = change.old_masks.get(path)
+    if path in change.new_masks or path in change.old_masks:
         # A connection that appeared has no history, one that disappeared loses it. One that is absent before and
         # after keeps what it has, so that a transfer in which nothing changes is the identity.
-        carried = carried & (new if old is None else new == _gather(old, change.sources.get(path, ())))
+        everywhere = jnp.ones((1,) * ndim, bool)
+        old = change.old_masks.get(path)
+        before = everywhere if old is None else _gather(old, change.sources.get(path, ()))
+        carried = carried & (change.new_masks.get(path, everywhere) == before)
     if path in change.born:
         carried = carried & (change.born[path] == NOT_BORN)
     if path in change.reset:
@@ -84,10 +95,15 @@ def _carried(path: str, change: Change, ndim: int) -> jax.Array:
     return carried
 
 
+def _sum(value: jax.Array) -> jax.Array:
+    # An axis at a time: XLA's CPU backend vectorises the sum over a leading axis, not the one over everything.
+    value = jnp.sum(value, axis=0, dtype=jnp.float32) if value.ndim else value
+    return jnp.sum(value, dtype=jnp.float32)
+
+
 def _mean(value: jax.Array, where: jax.Array) -> jax.Array:
     where = jnp.broadcast_to(where, value.shape)
-    total = jnp.sum(jnp.where(where, value, 0), dtype=jnp.float32)
-    return total / jnp.maximum(jnp.sum(where, dtype=jnp.float32), 1.0)
+    return _sum(jnp.where(where, value, 0)) / jnp.maximum(_sum(where), 1.0)
 
 
 def _second_moment(
@@ -111,7 +127,8 @@ def _second_moment(
         fill = mean * jnp.maximum(1.0, squared / scale)
         if op.second_moment == "belief":
             fill = jnp.maximum(fill, squared)
-    return jnp.where(jnp.any(living), fill, fresh).astype(fresh.dtype)
+    some = _sum(jnp.broadcast_to(living, moved.shape)) > 0
+    return jnp.where(born & some, fill, fresh).astype(fresh.dtype)
 
 
 def _move_one(op: Move, old: list[jax.Array], fresh: list[jax.Array], index: int, change: Change) -> jax.Array:
@@ -127,18 +144,23 @@ def _move_one(op: Move, old: list[jax.Array], fresh: list[jax.Array], index: int
         return jnp.where(old[op.old_label] == fresh[op.new_label], value, new)
     sources = change.sources.get(op.path, ())
     if op.kind == "cohort":
+        if not value.ndim:
+            return value  # a leaf that is no kernel is one cohort, however long it grows
         value = _gather(value, sources)
         for axis, index_along in enumerate(sources):
             value = jnp.where(_along(index_along >= 0, axis, value.ndim), value, jnp.uint8(ABSENT))
         return value
     grad = change.grads.get(op.path)
     if op.kind == "rows":
-        if not sources:
-            return value
-        carried = sources[op.axis] >= 0
-        moved = jnp.take(value, jnp.maximum(sources[op.axis], 0), axis=0).astype(new.dtype)
+        others = tuple(axis for axis in range(2) if axis != op.axis)
+        carried, moved = jnp.ones(new.shape, bool), value.astype(new.dtype)
+        if sources:
+            carried = sources[op.axis] >= 0
+            moved = jnp.take(moved, jnp.maximum(sources[op.axis], 0), axis=0)
+        if op.path in change.reset:
+            # A row is shared by its elements: it starts again when all of them do.
+            carried = carried & ~jnp.all(change.reset[op.path], axis=others)
         if grad is not None:
-            others = tuple(axis for axis in range(grad.ndim) if axis != op.axis)
             grad = jnp.sqrt(jnp.mean(jnp.square(grad.astype(jnp.float32)), axis=others))
         change = change._replace(new_masks={})
         return jnp.where(carried, moved, _second_moment(op, moved, new, carried, change, grad))
@@ -166,29 +188,50 @@ def _admit(plan: CohortPlan, values: list[jax.Array], moves: tuple[Move, ...], c
             if path in change.born:
                 codes = jnp.where(change.born[path] == NOT_BORN, codes, change.born[path])
             if moves[index].kind != "fresh":
+                if path not in change.new_masks:
+                    # Masks passed to update= by hand are not known here: the cohorts say which connections are absent.
+                    present = (value != ABSENT) | ~_carried(path, change._replace(reset={}), value.ndim)
                 value = jnp.where(_carried(path, change, value.ndim), value, jnp.uint8(ABSENT))
-            present = change.new_masks[path] if path in change.new_masks else present
+            present = change.new_masks.get(path, present)
             value = jnp.where(present, value, jnp.uint8(ABSENT))
+        elif path in change.reset:
+            value = jnp.where(jnp.all(change.reset[path]), jnp.uint8(ABSENT), value)
         cohort[path] = value
         born[path] = jnp.where(present & (value == ABSENT), codes, jnp.uint8(NOT_BORN))
-    birth, component, used, count, _ = (values[table] for table in plan.tables)
-    entered = admit(Cohorts(cohort, birth, component, used, count, jnp.ones((), bool)), born)
+    birth, component, used, count, synced = (values[table] for table in plan.tables)
+    synced = jnp.ones_like(synced) if change.new_masks else synced
+    entered = admit(Cohorts(cohort, birth, component, used, count, synced), born)
     for path, index in zip(plan.paths, plan.leaves, strict=True):
         values[index] = entered.cohort[path]
     for table, value in zip(plan.tables, entered[1:], strict=True):
         values[table] = value
 
 
-@functools.partial(jax.jit, static_argnames=("moves", "cohorts"))
-def move(
+def _move_all(
     moves: tuple[Move, ...],
     cohorts: tuple[CohortPlan, ...],
     old: list[jax.Array],
     fresh: list[jax.Array],
     change: Change,
 ) -> list[jax.Array]:
-    """The arrays of the new state, in its order."""
     values = [_move_one(op, old, fresh, index, change) for index, op in enumerate(moves)]
     for plan in cohorts:
         _admit(plan, values, moves, change)
     return values
+
+
+move = jax.jit(_move_all, static_argnames=("moves", "cohorts"))
+"""The arrays of the new state, in its order. Compiled once for each plan and set of shapes."""
+
+
+@functools.partial(jax.jit, static_argnames=("tx", "moves", "cohorts"))
+def move_in_place(
+    tx: optax.GradientTransformation,
+    moves: tuple[Move, ...],
+    cohorts: tuple[CohortPlan, ...],
+    params: Params,
+    old: list[jax.Array],
+    change: Change,
+) -> list[jax.Array]:
+    """``move`` when the transformation stays: its fresh state is made here, and only what is read of it."""
+    return _move_all(moves, cohorts, old, jax.tree.leaves(tx.init(params)), change)

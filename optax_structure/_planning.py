@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,8 +21,8 @@ Mixed = Literal["error", "carry", "fresh"]
 
 # Running averages of the squared gradient under a bias correction or a constant decay: an element that starts at zero
 # beside a mature count is the shared-count fault. Every other array of a fresh element starts as its own init says.
-_SECOND_MOMENTS = frozenset({"nu", "nu_max", "exp_avg_sq"})
-_SECOND_MOMENTS_OF = {optax.FactoredState: {"v", "v_row", "v_col"}, optax.ScaleByAdanState: {"n"}}
+_SECOND_MOMENTS = frozenset({"nu", "nu_max", "exp_avg_sq", "n"})
+_SECOND_MOMENTS_OF: dict[Any, set[str]] = {optax.FactoredState: {"v", "v_row", "v_col"}}
 
 
 def _names(paths: Collection[str]) -> str:
@@ -41,56 +42,73 @@ class Plan:
         rename: Mapping[str, str],
         restarted: frozenset[str],
         moved: frozenset[str],
+        shifted: frozenset[str],
+        reset: frozenset[str],
         labels: Mapping[str, str],
         mixed: Mixed,
         built: Mapping[Any, Any],
     ):
         self.old, self.new, self.built = old, new, built
         self.old_shapes, self.new_shapes = old_shapes, new_shapes
-        self.moved, self.labels, self.mixed = moved, labels, mixed
+        self.moved, self.shifted, self.reset, self.labels, self.mixed = moved, shifted, reset, labels, mixed
         self.origin = {
             path: None if path in restarted or rename.get(path, path) not in old_shapes else rename.get(path, path)
             for path in new_shapes
         }
         self.exact: dict[Any, list[int]] = {}
         self.loose: dict[Any, list[int]] = {}
+        self.alike: dict[Any, list[int]] = {}
         for position, entry in enumerate(old):
             self.exact.setdefault((entry.trail, entry.index, entry.path), []).append(position)
             self.loose.setdefault((entry.kind, entry.field, entry.path), []).append(position)
+            self.alike.setdefault((entry.trail, entry.path), []).append(position)
         self.new_loose: dict[Any, int] = {}
+        self.new_alike: dict[Any, int] = {}
         for entry in new:
             key = (entry.kind, entry.field, entry.path)
             self.new_loose[key] = self.new_loose.get(key, 0) + 1
+            self.new_alike[entry.trail, entry.path] = self.new_alike.get((entry.trail, entry.path), 0) + 1
         self.old_members = _members(old)
         self.new_members = _members(new)
 
     def candidates(self, entry: Entry, path: str | None) -> list[int]:
         """Old arrays that are the same as ``entry``, of the parameter ``path`` (None: of none)."""
-        exact = self.exact.get((entry.trail, entry.index, path))
+        exact = self.exact.get((entry.trail, entry.index, path), [])
+        alike = self.alike.get((entry.trail, path), [])
+        fewer = path is not None and len(alike) > self.new_alike[entry.trail, entry.path] > 0
+        # One of several equal transforms is gone, and nothing says which: fine only if they hold the same.
+        if fewer and (entry.kind is LabelClock or not _all_equal([self.old[position].value for position in alike])):
+            raise self._ambiguous(entry, alike)
         if exact or entry.kind is None:
-            return exact or []
+            return exact
         # Another wrapping (MultiSteps around it, inject_hyperparams ...): the innermost state still says what it is.
         loose = self.loose.get((entry.kind, entry.field, path), [])
         groups = {self.old[position].group for position in loose}
         if len(loose) > len(groups) or (loose and self.new_loose[entry.kind, entry.field, entry.path] > 1):
-            raise ValueError(
-                f"{entry.describe()} could continue any of "
-                f"{', '.join(self.old[position].describe() for position in loose)}. Transfer between chains that name "
-                "their states alike, or start from new_tx.init(new_params)."
-            )
+            raise self._ambiguous(entry, loose)
         return loose
+
+    def _ambiguous(self, entry: Entry, found: list[int]) -> ValueError:
+        return ValueError(
+            f"{entry.describe()} could continue any of "
+            f"{', '.join(self.old[position].describe() for position in found)}. Transfer between chains that name "
+            "their states alike, or start from new_tx.init(new_params)."
+        )
 
     def of_parameter(self, entry: Entry) -> Move:
         path = entry.path or ""
-        origin = self.origin[path]
+        if entry.kind is Masks:
+            return Move("masks", path=path)
+        # A leaf that is reset keeps the components of its connections, which its cohorts know.
+        origin = path if entry.kind is Cohorts and path in self.reset else self.origin[path]
         found = self.candidates(entry, origin) if origin is not None else []
         if not found or origin is None:
             return Move("fresh")
         position = found[0]
-        if entry.kind is Masks:
-            return Move("masks", path=path)
         if entry.kind is LabelClock:
             return self._label_clock(entry, position)
+        if is_hyperparam(entry) and not self._as_built(entry, position):
+            return Move("fresh")
         value, shape = self.old[position].value, jnp.shape(entry.value)
         untouched = path not in self.moved
         squares = entry.field in _SECOND_MOMENTS or entry.field in _SECOND_MOMENTS_OF.get(entry.kind, ())
@@ -106,7 +124,7 @@ class Plan:
             if untouched or not shape:
                 return Move("keep", old=position)
             return Move("elements", old=position, path=path, second_moment=second_moment)
-        if jnp.shape(value) == shape and (untouched or int(np.prod(shape)) <= 1):
+        if jnp.shape(value) == shape and (path not in self.shifted or int(np.prod(shape)) <= 1):
             return Move("keep", old=position)
         if entry.kind is optax.FactoredState:
             before = _factored_axis(entry.field, self.old_shapes[origin])
@@ -129,25 +147,31 @@ class Plan:
 
     def of_none(self, entry: Entry) -> Move:
         """A count, a key, an injected hyperparameter: one value for many leaves."""
+        if entry.kind is Cohorts:
+            return Move("fresh")  # the tables follow their connections: see cohort_plans
         found = self.candidates(entry, None)
         same_group = [position for position in found if self.old[position].group == entry.group]
         if is_hyperparam(entry):
             # A value edited in the state survives; one that new_tx was built with differently wins.
-            return Move("keep", old=same_group[0]) if same_group and self._as_built(entry) else Move("fresh")
+            own = same_group or (found if len(found) == 1 else [])
+            return Move("keep", old=own[0]) if own and self._as_built(entry, own[0]) else Move("fresh")
         if not found:
             return Move("fresh")
         members = self._members_of(entry)
         feeders: dict[int, str] = {}
         fresh: list[str] = []
         for path in members:
-            source = self._feeder(path, found)
+            source = self._feeder(path, found, entry.group)
             if source is None:
                 fresh.append(path)
             else:
                 feeders.setdefault(source, path)
         if not feeders:
-            # Every leaf is new: a new start. No leaf at all: the group was emptied, and keeps its counters.
-            return Move("keep", old=same_group[0]) if same_group and not members else Move("fresh")
+            # Every leaf is new: a new start. No leaf at all: the group was emptied, and keeps its counters. A clock
+            # whose group does not show its leaves goes on where no other clock and no fresh leaf leaves a choice.
+            sole = found if len(found) == 1 and not entry.moments and None not in self.origin.values() else []
+            own = same_group or sole
+            return Move("keep", old=own[0]) if own and not members else Move("fresh")
         first = next(iter(feeders))
         clock = not entry.group and (not entry.moments or entry.kind is optax.MultiStepsState)
         values = [self.old[position].value for position in feeders] + [entry.value] * bool(fresh)
@@ -163,8 +187,9 @@ class Plan:
             "too large. Give every leaf its own count with per_leaf(...), or choose mixed='carry' or mixed='fresh'."
         )
 
-    def _as_built(self, entry: Entry) -> bool:
-        before = self.built.get((entry.trail, entry.index, entry.group))
+    def _as_built(self, entry: Entry, position: int) -> bool:
+        old = self.old[position]
+        before = self.built.get((old.trail, old.index, old.group))
         return before is None or _all_equal([before, entry.value])
 
     def _members_of(self, entry: Entry) -> list[str]:
@@ -179,19 +204,26 @@ class Plan:
             members = [path for path, label in self.labels.items() if label == entry.group[0]]
         return members
 
-    def _feeder(self, path: str, found: list[int]) -> int | None:
+    def _feeder(self, path: str, found: list[int], group: tuple[str, ...]) -> int | None:
         """Which of the old values ``found`` served the leaf; None when none did (a new or a thawed leaf)."""
         origin = self.origin[path]
         if origin is None:
             return None
+        silent = []
         for position in found:
             entry = self.old[position]
             members = self.old_members.get(entry.instance if entry.moments else entry.group)
-            if members is None and not entry.moments:
-                members = list(self.old_shapes)  # a group that shows no leaves: it may have held any
             if origin in (members or ()):
                 return position
-        return None
+            if members is None and not entry.moments:
+                silent.append(position)  # its group shows no leaves: it may have held this one
+        return next((p for p in silent if self.old[p].group == group), silent[0] if len(silent) == 1 else None)
+
+    def carried_out(self) -> tuple[tuple[Move, ...], tuple[CohortPlan, ...]]:
+        """What becomes of every array of the new state, in its order, and of every table of cohorts."""
+        moves = [self.of_none(entry) if entry.path is None else self.of_parameter(entry) for entry in self.new]
+        cohorts = self.cohort_plans(moves)
+        return tuple(moves), tuple(cohorts)
 
     def cohort_plans(self, moves: list[Move]) -> list[CohortPlan]:
         plans = []
@@ -207,6 +239,11 @@ class Plan:
                 )
             if not before:
                 continue
+            if any(self.new[i].path is not None for i in mine if i not in leaves):
+                raise ValueError(
+                    f"Cohorts (state{instance}) has a table a leaf, so scale_by_connection is inside per_leaf. Chain "
+                    "it after per_leaf(...) instead: it keeps the birth of every connection by itself."
+                )
             paths = tuple(self.new[i].path or "" for i in leaves)
             labels = [self.labels.get(path, "new") for path in paths]
             codes = tuple(COMPONENTS.index(label if label in COMPONENTS else "new") for label in labels)
@@ -229,7 +266,12 @@ def _all_equal(values: list[Any]) -> bool:
     first, *others = values
     if any(is_traced(value) for value in values):
         return not others
-    return all(np.array_equal(first, value) for value in others)
+    return all(np.array_equal(_bits(first), _bits(value)) for value in others)
+
+
+def _bits(value: Any) -> Any:
+    """The value, or the bits of a random key, which NumPy cannot compare."""
+    return jax.random.key_data(value) if jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key) else value
 
 
 def is_hyperparam(entry: Entry) -> bool:

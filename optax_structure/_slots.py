@@ -99,6 +99,9 @@ def read(tx: optax.GradientTransformation, state: optax.OptState, params: Params
     """
     entries: list[Entry] = []
     seen: dict[tuple[Any, ...], int] = {}
+    partitions: dict[tuple[Any, ...], int] = {}
+    # NamedTuples of the parameters themselves (an actor beside a critic) say nothing of what an array is.
+    containers = tuple({type(node) for node in _named_tuples(params)})
 
     def walk(node: Any, trail: Trail, group: tuple[str, ...], where: str, instance: str, moments: bool) -> None:
         if isinstance(node, _Tagged) or jax.tree_util.all_leaves([node]):
@@ -109,15 +112,18 @@ def read(tx: optax.GradientTransformation, state: optax.OptState, params: Params
                 entries.append(Entry(trail, group, index, path, leaf, where, instance, moments))
             return
         if isinstance(node, optax.transforms.PartitionState):
+            # Two partitions in one chain are told apart by their order; one alone needs no mark.
+            order = partitions[trail, group] = partitions.get((trail, group), -1) + 1
+            trail = (*trail, (optax.transforms.PartitionState, str(order))) if order else trail
             inner = node.inner_states
             for (key,), _ in jax.tree_util.tree_leaves_with_path({label: 0 for label in inner}):
                 label = key.key
                 below = f"{where}.inner_states[{label!r}]"
                 walk(inner[label], trail, (*group, str(label)), below, below, moments)
             return
-        fields = getattr(node, "_fields", None) if isinstance(node, tuple) else None
+        fields = getattr(node, "_fields", None) if _is_state(node, containers) else None
         if fields is not None:
-            has_moments = any(_holds_moments(child) for child in node)
+            has_moments = any(_holds_moments(child, containers) for child in node)
             for name, child in zip(fields, node, strict=True):
                 # A MaskedState only hides leaves: what is inside is the same with and without it.
                 step = () if isinstance(node, optax.MaskedState) else ((type(node), name),)
@@ -126,6 +132,7 @@ def read(tx: optax.GradientTransformation, state: optax.OptState, params: Params
         for key, child in jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)[0]:
             name = jax.tree_util.keystr(key, simple=True)
             keyed = isinstance(node, dict) and jax.tree_util.all_leaves([child]) and not isinstance(child, _Tagged)
+            keyed = keyed or (bool(trail) and trail[-1][1] in ("hyperparams", "hyperparams_states"))
             below = (*trail, (None, name)) if keyed else trail
             walk(child, below, group, where + jax.tree_util.keystr(key), instance, moments)
 
@@ -133,11 +140,16 @@ def read(tx: optax.GradientTransformation, state: optax.OptState, params: Params
     return entries
 
 
-def _holds_moments(child: Any) -> bool:
+def _is_state(node: Any, containers: tuple[type, ...]) -> bool:
+    """Whether a node is a NamedTuple of the optimizer, and not one that the parameters are held in."""
+    return isinstance(node, tuple) and hasattr(node, "_fields") and not isinstance(node, containers)
+
+
+def _holds_moments(child: Any, containers: tuple[type, ...]) -> bool:
     """Whether a field is itself a params-shaped tree (and not a nested state that holds one)."""
     if isinstance(child, _Tagged):
         return True
-    if jax.tree_util.all_leaves([child]) or (isinstance(child, tuple) and hasattr(child, "_fields")):
+    if jax.tree_util.all_leaves([child]) or _is_state(child, containers):
         return False
     grandchildren = jax.tree.leaves(child, is_leaf=lambda node: node is not child)
-    return bool(grandchildren) and any(_holds_moments(node) for node in grandchildren if node is not child)
+    return any(_holds_moments(node, containers) for node in grandchildren if node is not child)

@@ -7,6 +7,7 @@ what is new starts as ``new_tx.init`` makes it, and what cannot be carried raise
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,10 +18,11 @@ import optax
 
 from optax_structure import _slots
 from optax_structure._markers import LabelClock, Masks
-from optax_structure._moving import Change, move
-from optax_structure._planning import Mixed, Plan, is_hyperparam
+from optax_structure._moving import Change
+from optax_structure._planning import Mixed, is_hyperparam
 from optax_structure._slots import Entry
-from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path
+from optax_structure._transfer import arrays, carry, carry_in_place, masks_in, moved_sources, shapes, with_grads
+from optax_structure._tree import Params, PyTree, align, is_leaf, leaves_by_path
 from optax_structure.structure import Growth
 
 __all__ = ["LabelClock", "Masks", "get_masks", "hyperparams_by_label", "reset_state", "transfer_state"]
@@ -90,33 +92,36 @@ def transfer_state(
     """
     if mixed not in ("error", "carry", "fresh"):
         raise ValueError(f"mixed={mixed!r} must be 'error', 'carry' or 'fresh'.")
+    if new_tx is old_tx and growth is not None and not (growth.rename or restart) and _same(old_params, new_params):
+        return carry_in_place(new_tx, old_state, new_params, growth, grads)
     fresh_state = new_tx.init(new_params)
     old = _slots.read(old_tx, old_state, old_params)
     new = _slots.read(new_tx, fresh_state, new_params)
-    new_leaves = leaves_by_path(new_params)
-    labels: dict[str, str] = leaves_by_path(growth.labels) if growth is not None else {}
+    leaves = leaves_by_path(new_params)
     rename = growth.rename if growth is not None else {}
-    masks_before = _masks_in(old)
+    for path, origin in rename.items():
+        if path not in leaves or origin not in shapes(old_params):
+            raise ValueError(f"growth.rename: {path!r} from {origin!r} must lead from an old leaf to a new one.")
+    labels = leaves_by_path(growth.labels) if growth is not None else {}
+    before = masks_in(old)
     change = Change(
-        sources=_moved_sources(growth, new_leaves),
-        old_masks={p: masks_before[rename.get(p, p)] for p in new_leaves if rename.get(p, p) in masks_before},
-        new_masks=_arrays(growth.masks) if growth is not None else _masks_in(new),
-        born=_arrays(growth.born) if growth is not None else {},
-        grads={},
-        reset={},
+        sources=moved_sources(growth, shapes(old_params), leaves) if growth is not None else {},
+        old_masks={path: before[rename.get(path, path)] for path in leaves if rename.get(path, path) in before},
+        new_masks=arrays(growth.masks) if growth is not None else masks_in(new),
+        born=arrays(growth.born) if growth is not None else {},
     )
-    return _moved(
+    return carry(
         old,
         new,
         jax.tree.structure(fresh_state),
-        old_leaves=leaves_by_path(old_params),
-        new_leaves=new_leaves,
+        old_shapes=shapes(old_params),
+        new_leaves=leaves,
         rename=rename,
-        restarted=_restarted(restart, list(new_leaves), labels, new),
+        restarted=_restarted(restart, list(leaves), labels, new),
         labels=labels,
         mixed=mixed,
         built=_built(old_tx, old_params, new),
-        change=_with_grads(change, grads, new_params),
+        change=with_grads(change, grads, new_params),
     )
 
 
@@ -162,28 +167,28 @@ def reset_state(
     leaves = leaves_by_path(params)
     chosen = leaves_by_path(align(where, params, "where"))
     whole = frozenset(path for path, flag in chosen.items() if np.ndim(flag) == 0 and bool(flag))
-    masks = _masks_in(old)
-    reset = {}
+    masks = masks_in(old)
+    reset = {path: jnp.ones(np.shape(leaves[path]), bool) for path in whole}
     for path, flag in chosen.items():
         if np.ndim(flag):
             try:
                 flags = jnp.broadcast_to(flag, leaves[path].shape)
             except ValueError as error:
-                shapes = f"{np.shape(flag)}, its parameter {leaves[path].shape}"
-                raise ValueError(f"where: {path!r} has shape {shapes}; it must broadcast to it.") from error
+                found = f"{np.shape(flag)}, its parameter {leaves[path].shape}"
+                raise ValueError(f"where: {path!r} has shape {found}; it must broadcast to it.") from error
             reset[path] = flags
-    return _moved(
+    return carry(
         old,
         new,
         jax.tree.structure(fresh_state),
-        old_leaves=leaves,
+        old_shapes=shapes(params),
         new_leaves=leaves,
         rename={},
         restarted=whole,
         labels={},
         mixed="error",
         built={},
-        change=_with_grads(Change({}, masks, masks, {}, {}, reset), grads, params),
+        change=with_grads(Change(old_masks=masks, new_masks=masks, reset=reset), grads, params),
     )
 
 
@@ -195,7 +200,7 @@ def get_masks(state: optax.OptState) -> PyTree:
 
     Returns:
       Tree of masks with the structure of params. Where several groups of a partition are sparse, their masks are put
-      together.
+      together; a leaf (or a subtree that got one label) in no sparse group has the scalar ``True``.
 
     Raises:
       ValueError: when nothing in the state is sparse.
@@ -214,10 +219,16 @@ def get_masks(state: optax.OptState) -> PyTree:
     if not found:
         raise ValueError("no masks in this state: it is not the state of a transformation with sparse(inner, masks).")
 
-    def present(*masks: Any) -> Any:
-        return next((mask for mask in masks if not isinstance(mask, optax.MaskedNode)), masks[0])
+    def masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
 
-    return jax.tree.map(present, *found, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    def joined(one: PyTree, other: PyTree) -> PyTree:
+        if masked(one) or masked(other) or is_leaf(one):
+            return other if masked(one) else one
+        return jax.tree.map(joined, one, other, is_leaf=lambda node: node is not one)
+
+    together = functools.reduce(joined, found)
+    return jax.tree.map(lambda mask: jnp.ones((), bool) if masked(mask) else mask, together, is_leaf=masked)
 
 
 def hyperparams_by_label(state: optax.OptState, name: str = "learning_rate") -> dict[str, jax.Array]:
@@ -264,34 +275,8 @@ def hyperparams_by_label(state: optax.OptState, name: str = "learning_rate") -> 
     return values
 
 
-def _arrays(tree: PyTree) -> dict[str, jax.Array]:
-    return {path: leaf for path, leaf in leaves_by_path(tree).items() if np.ndim(leaf)}
-
-
-def _masks_in(entries: list[Entry]) -> dict[str, jax.Array]:
-    return {e.path: e.value for e in entries if e.kind is Masks and e.path is not None and np.ndim(e.value)}
-
-
-def _moved_sources(growth: Growth | None, leaves: Mapping[str, Any]) -> dict[str, tuple[jax.Array, ...]]:
-    """The sources of leaves in which something moved; those of the others would be gathers for nothing."""
-    moved = {}
-    for path, sources in growth.sources.items() if growth is not None else ():
-        if path not in leaves:
-            raise ValueError(f"growth.sources names {path!r}, which is not in new_params: {list(leaves)}.")
-        sizes, shape = tuple(len(index) for index in sources), np.shape(leaves[path])
-        if sizes != shape:
-            raise ValueError(f"growth.sources[{path!r}] has sizes {sizes}, new_params has shape {shape} there.")
-        if any(not np.array_equal(index, np.arange(len(index))) for index in sources):
-            moved[path] = tuple(jnp.asarray(index, jnp.int32) for index in sources)
-    return moved
-
-
-def _with_grads(change: Change, grads: Params | None, params: Params) -> Change:
-    if grads is None:
-        return change
-    touched = {*change.sources, *change.new_masks, *change.born, *change.reset}
-    aligned = leaves_by_path(align(grads, params, "grads"))
-    return change._replace(grads={path: grad for path, grad in aligned.items() if path in touched})
+def _same(old_params: Params, new_params: Params) -> bool:
+    return jax.tree.structure(old_params) == jax.tree.structure(new_params) and shapes(old_params) == shapes(new_params)
 
 
 def _restarted(
@@ -317,49 +302,3 @@ def _built(tx: optax.GradientTransformation, params: Params, entries: list[Entry
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
     built = _slots.read(tx, tx.init(zeros), zeros)
     return {(e.trail, e.index, e.group): e.value for e in built if is_hyperparam(e)}
-
-
-def _moved(
-    old: list[Entry],
-    new: list[Entry],
-    treedef: Any,
-    *,
-    old_leaves: Mapping[str, Any],
-    new_leaves: Mapping[str, Any],
-    rename: Mapping[str, str],
-    restarted: frozenset[str],
-    labels: Mapping[str, str],
-    mixed: Mixed,
-    built: Mapping[Any, Any],
-    change: Change,
-) -> optax.OptState:
-    plan = Plan(
-        old,
-        new,
-        old_shapes={path: np.shape(leaf) for path, leaf in old_leaves.items()},
-        new_shapes={path: np.shape(leaf) for path, leaf in new_leaves.items()},
-        rename=rename,
-        restarted=restarted,
-        moved=frozenset({*change.sources, *change.new_masks, *change.born, *change.reset}),
-        labels=labels,
-        mixed=mixed,
-        built=built,
-    )
-    moves = [plan.of_none(entry) if entry.path is None else plan.of_parameter(entry) for entry in new]
-    cohorts = plan.cohort_plans(moves)
-    values = move(tuple(moves), tuple(cohorts), [e.value for e in old], [e.value for e in new], change)
-    placed = [
-        _like(value, new_leaves[entry.path]) if entry.path is not None else value
-        for value, entry in zip(values, new, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, placed)
-
-
-def _like(value: jax.Array, param: Any) -> jax.Array:
-    """``value`` sharded as the parameter of its shape is; a copy is made only where that is not so already."""
-    sharding = None if is_traced(param) else getattr(param, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return value
-    if value.shape != param.shape:
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(value, sharding)

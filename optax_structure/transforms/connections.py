@@ -17,7 +17,7 @@ import optax
 from optax_structure._cohorts import ABSENT, Cohorts, first_cohort, follow
 from optax_structure._tree import PyTree, align
 from optax_structure.structure import COMPONENTS
-from optax_structure.transforms._extra import check_number, scaled, transformation
+from optax_structure.transforms._extra import check_number, require, scaled, transformation
 
 
 class ConnectionRule(NamedTuple):
@@ -134,12 +134,10 @@ def scale_by_connection(*rules: ConnectionRule) -> optax.GradientTransformationE
         **extra_args: Any,
     ) -> tuple[optax.Updates, Cohorts]:
         del params, extra_args
-        if masks is not None:
-            masks = align(masks, updates, "masks")
-            # Births are looked for only when told to: comparing masks with cohorts every step would cost 7 % of it.
-            state = jax.lax.cond(
-                jnp.asarray(masks_changed, bool) | ~state.synced, lambda s: follow(s, masks), lambda s: s, state
-            )
+        # Births are looked for only when told to: comparing masks with cohorts every step would cost 7 % of it.
+        if masks_changed is not False:
+            masks = align(require(masks, "masks", "scale_by_connection(...) with masks_changed="), updates, "masks")
+            state = jax.lax.cond(jnp.asarray(masks_changed, bool), lambda s: follow(s, masks), lambda s: s, state)
         factors = jnp.ones(256, jnp.float32)
         for rule in rules:
             factors = factors * rule.factors(state.count - state.birth, state.component).astype(jnp.float32)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_structure._cohorts import Cohorts, mark_absent
 from optax_structure._markers import Masks
 from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path
 from optax_structure.transforms._extra import require, transformation
@@ -111,6 +112,15 @@ def check_masks(masks: PyTree, params: Params) -> None:
             raise ValueError(f"masks: {path!r} is a scalar False; a leaf that is not sparse has True, others an array.")
 
 
+def _mark_absent(state: optax.OptState, masks: PyTree) -> optax.OptState:
+    """Take absent connections out of the cohorts of an initial state, whose transform could not know the masks."""
+
+    def mark(node: Any) -> Any:
+        return mark_absent(node, align(masks, node.cohort, "masks")) if isinstance(node, Cohorts) else node
+
+    return jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, Cohorts))
+
+
 def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.GradientTransformationExtraArgs:
     """Train only the connections of ``masks``, with any optimizer.
 
@@ -150,7 +160,7 @@ def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
             check_masks(aligned, params)
         # A copy: the state is usually donated, and the caller's masks must survive that.
         copies = jax.tree.map(lambda mask: jnp.array(mask, dtype=bool, copy=True), aligned)
-        return SparseState(masks=Masks(copies), inner_state=inner.init(params))
+        return SparseState(masks=Masks(copies), inner_state=_mark_absent(inner.init(params), copies))
 
     def update_fn(
         updates: optax.Updates,

@@ -28,6 +28,27 @@ def _template(inner: optax.GradientTransformation, params: Params) -> Any:
     return jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
 
 
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _by_leaf(value: Any, updates: optax.Updates) -> list[Any] | None:
+    """The parts of an extra argument with the structure of params, one a leaf; None for any other argument."""
+    treedef = jax.tree.structure(updates)
+    if jax.tree.structure(value) == treedef:
+        return treedef.flatten_up_to(value)
+    # A group of optax.partition holds some of the params, while the argument still has a part for all of them.
+    nodes, whole = jax.tree.flatten(updates, is_leaf=_is_masked)
+    if len(nodes) == treedef.num_leaves:
+        return None
+    try:
+        parts = whole.flatten_up_to(value)
+    except ValueError:
+        return None
+    mine = [part for node, part in zip(nodes, parts, strict=True) if not _is_masked(node)]
+    return mine if jax.tree_util.all_leaves(mine) else None
+
+
 def per_leaf(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Run ``inner`` on every leaf by itself, so that each leaf has its own step count.
 
@@ -72,14 +93,10 @@ def per_leaf(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         leaves, treedef = jax.tree.flatten(updates)
         slots = [treedef.flatten_up_to(slot) for slot in template.flatten_up_to(state)]
         param_leaves = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
-        by_leaf = {
-            name: treedef.flatten_up_to(value)
-            for name, value in extra_args.items()
-            if jax.tree.structure(value) == treedef
-        }
+        parts = {name: _by_leaf(value, updates) for name, value in extra_args.items()}
         outputs, states = [], []
         for index, (leaf, param) in enumerate(zip(leaves, param_leaves, strict=True)):
-            extra = {name: by_leaf[name][index] if name in by_leaf else value for name, value in extra_args.items()}
+            extra = {name: extra_args[name] if of is None else of[index] for name, of in parts.items()}
             own = jax.tree.unflatten(template, [slot[index] for slot in slots])
             output, own = inner.update(leaf, own, param, **extra)
             outputs.append(output)

@@ -1,0 +1,172 @@
+"""A transfer carried out: what changed, as arrays; the plan; the moving; and where the result is placed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_structure import _slots
+from optax_structure._markers import Masks
+from optax_structure._moving import Change, CohortPlan, Move, move, move_in_place
+from optax_structure._planning import Mixed, Plan
+from optax_structure._slots import Entry
+from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path
+from optax_structure.structure import Growth
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes(params: Params) -> Shapes:
+    """Path -> shape."""
+    return {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items()}
+
+
+def arrays(tree: PyTree) -> dict[str, jax.Array]:
+    """The leaves that are arrays, by path; a scalar says that nothing is to be read there."""
+    return {path: leaf for path, leaf in leaves_by_path(tree).items() if np.ndim(leaf)}
+
+
+def masks_in(entries: list[Entry]) -> dict[str, jax.Array]:
+    """The masks that a state holds, by path."""
+    return {e.path: e.value for e in entries if e.kind is Masks and e.path is not None and np.ndim(e.value)}
+
+
+def moved_sources(growth: Growth, old_shapes: Shapes, leaves: Mapping[str, Any]) -> dict[str, tuple[jax.Array, ...]]:
+    """The sources of leaves in which something moved; those of the others would be gathers for nothing."""
+    moved = {}
+    for path, sources in growth.sources.items():
+        if path not in leaves:
+            raise ValueError(f"growth.sources names {path!r}, which is not in new_params: {list(leaves)}.")
+        sizes, shape = tuple(len(index) for index in sources), np.shape(leaves[path])
+        if sizes != shape:
+            raise ValueError(f"growth.sources[{path!r}] has sizes {sizes}, new_params has shape {shape} there.")
+        origin = growth.rename.get(path, path)
+        before = old_shapes.get(origin)
+        if before is None:
+            continue
+        if len(before) != len(shape) or any(np.max(i, initial=-1) >= n for i, n in zip(sources, before, strict=True)):
+            raise ValueError(f"growth.sources[{path!r}] points outside of {origin!r}, which had shape {before}.")
+        if shape != before or any(not np.array_equal(index, np.arange(len(index))) for index in sources):
+            moved[path] = tuple(jnp.asarray(index, jnp.int32) for index in sources)
+    return moved
+
+
+def with_grads(change: Change, grads: Params | None, params: Params) -> Change:
+    """The change with the gradients of the leaves that it touches."""
+    if grads is None:
+        return change
+    touched = change.paths()
+    aligned = leaves_by_path(align(grads, params, "grads"))
+    return change._replace(grads={path: grad for path, grad in aligned.items() if path in touched})
+
+
+def carry(
+    old: list[Entry],
+    new: list[Entry],
+    treedef: Any,
+    *,
+    old_shapes: Shapes,
+    new_leaves: Mapping[str, Any],
+    rename: Mapping[str, str],
+    restarted: frozenset[str],
+    labels: Mapping[str, str],
+    mixed: Mixed,
+    built: Mapping[Any, Any],
+    change: Change,
+) -> optax.OptState:
+    """Plan the transfer of ``old`` into ``new`` and carry it out."""
+    plan = Plan(
+        old,
+        new,
+        old_shapes=old_shapes,
+        new_shapes={path: np.shape(leaf) for path, leaf in new_leaves.items()},
+        rename=rename,
+        restarted=restarted,
+        moved=change.paths(),
+        shifted=change.shifted(),
+        reset=frozenset(change.reset),
+        labels=labels,
+        mixed=mixed,
+        built=built,
+    )
+    moves, cohorts = plan.carried_out()
+    values = move(moves, cohorts, [e.value for e in old], [e.value for e in new], change)
+    placed = [_like(value, new_leaves.get(entry.path or "")) for value, entry in zip(values, new, strict=True)]
+    return jax.tree.unflatten(treedef, placed)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_in_place(
+    tx: optax.GradientTransformation,
+    state_def: Any,
+    state_shapes: tuple[tuple[int, ...], ...],
+    params_def: Any,
+    param_shapes: tuple[tuple[int, ...], ...],
+    moved: frozenset[str],
+    shifted: frozenset[str],
+    labels: tuple[tuple[str, str], ...],
+) -> tuple[tuple[Move, ...], tuple[CohortPlan, ...], tuple[str, ...], tuple[tuple[str, int], ...]]:
+    """The plan of a change that moves no leaf: it depends on no value, so every later event finds it here."""
+    params = jax.tree.unflatten(params_def, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in param_shapes])
+    state = jax.tree.unflatten(state_def, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in state_shapes])
+    entries = _slots.read(tx, state, params)
+    plan = Plan(
+        entries,
+        entries,
+        old_shapes=shapes(params),
+        new_shapes=shapes(params),
+        rename={},
+        restarted=frozenset(),
+        moved=moved,
+        shifted=shifted,
+        reset=frozenset(),
+        labels=dict(labels),
+        mixed="error",
+        built={},
+    )
+    moves, cohorts = plan.carried_out()
+    masks = tuple(
+        (e.path, i) for i, e in enumerate(entries) if e.kind is Masks and e.path is not None and len(e.value.shape)
+    )
+    return moves, cohorts, tuple(e.path or "" for e in entries), masks
+
+
+def carry_in_place(
+    tx: optax.GradientTransformation, state: optax.OptState, params: Params, growth: Growth, grads: Params | None
+) -> optax.OptState:
+    """The transfer after a change of masks: same transformation, same leaves, same shapes."""
+    leaves = leaves_by_path(params)
+    values, treedef = jax.tree.flatten(state)
+    change = Change(
+        sources=moved_sources(growth, shapes(params), leaves), new_masks=arrays(growth.masks), born=arrays(growth.born)
+    )
+    moves, cohorts, paths, masks = _plan_in_place(
+        tx,
+        treedef,
+        tuple(value.shape for value in values),
+        jax.tree.structure(params),
+        tuple(leaf.shape for leaf in leaves.values()),
+        change.paths(),
+        change.shifted(),
+        tuple(leaves_by_path(growth.labels).items()),
+    )
+    change = with_grads(change._replace(old_masks={path: values[index] for path, index in masks}), grads, params)
+    moved = move_in_place(tx, moves, cohorts, params, values, change)
+    placed = [_like(value, leaves.get(path)) for value, path in zip(moved, paths, strict=True)]
+    return jax.tree.unflatten(treedef, placed)
+
+
+def _like(value: jax.Array, param: Any) -> jax.Array:
+    """``value`` sharded as the parameter of its shape is; a copy is made only where that is not so already."""
+    sharding = None if is_traced(param) else getattr(param, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return value
+    if value.shape != param.shape:
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(value, sharding)
