@@ -13,7 +13,7 @@ import pytest
 from common import PyTree, assert_equal, train
 
 import optax_structure as oxs
-from optax_structure._cohorts import ABSENT, Cohorts, admit, first_cohort, follow
+from optax_structure.state.cohorts import ABSENT, Cohorts, admit, first_cohort, follow
 from optax_structure.structure import COMPONENTS, NOT_BORN, Growth, Units, identity_sources
 
 SCAFFOLD, PATCH = COMPONENTS.index("scaffold"), COMPONENTS.index("patch")

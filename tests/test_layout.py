@@ -37,12 +37,7 @@ MAX_LINES = 400
 
 def part_of(module: Path) -> str:
     """The part of the package that a file belongs to."""
-    return part_named(module.relative_to(PACKAGE).parts[0].removesuffix(".py"))
-
-
-def part_named(name: str) -> str:
-    """The part that a subpackage or module of the root is; the private modules beside ``_tree`` are state's."""
-    return "state" if re.match(r"_(?!_|tree$)", name) else name
+    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(module: Path) -> Iterator[str]:
@@ -69,7 +64,7 @@ def test_imports_point_one_way(module: Path) -> None:
     for name in imported(module):
         if not name.startswith("optax_structure."):
             continue
-        other = part_named(name.split(".")[1])
+        other = name.split(".")[1]
         if other in RANK:
             assert other == part or RANK[other] < RANK[part], f"{ids(module)} imports {name}"
         else:

@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import optax_structure as oxs
-from optax_structure import _moving
-from optax_structure._cohorts import Cohorts
 from optax_structure.growth import add_connections, add_patches, embed_patches, insert_layer, prune_connections, widen
+from optax_structure.state import moving
+from optax_structure.state.cohorts import Cohorts
 from optax_structure.structure import COMPONENTS, Growth, Units
 
 KEY = jax.random.key(0)
@@ -602,12 +602,12 @@ def test_the_second_change_of_masks_compiles_nothing_and_the_step_goes_on(gradie
         return params, after
 
     params, state = event(params, state, 3)
-    sizes = (_moving.move._cache_size(), _moving.move_in_place._cache_size())
+    sizes = (moving.move._cache_size(), moving.move_in_place._cache_size())
     before = compilations()
     for count in (4, 5):
         params, state = event(params, state, count)
     assert compilations() == before
-    assert (_moving.move._cache_size(), _moving.move_in_place._cache_size()) == sizes
+    assert (moving.move._cache_size(), moving.move_in_place._cache_size()) == sizes
     assert traces == 1 and jitted._cache_size() == 1
     assert oxs.nonzero(oxs.get_masks(state)) == oxs.nonzero(MASKS) + 3
     del masks
@@ -624,6 +624,6 @@ def test_a_transfer_of_a_changed_shape_compiles_its_work_once() -> None:
     grown = widen(PARAMS, LABELS, True, UNITS, "hidden", 1, key=KEY)
     state = tx.init(PARAMS)
     oxs.transfer_state(tx, state, PARAMS, tx, grown.params, growth=grown)
-    sizes = _moving.move._cache_size()
+    sizes = moving.move._cache_size()
     oxs.transfer_state(tx, aged(state), PARAMS, tx, grown.params, growth=grown)
-    assert _moving.move._cache_size() == sizes
+    assert moving.move._cache_size() == sizes

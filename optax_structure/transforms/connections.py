@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_structure._cohorts import ABSENT, Cohorts, first_cohort, follow
 from optax_structure._tree import PyTree, align
+from optax_structure.state.cohorts import ABSENT, Cohorts, first_cohort, follow
 from optax_structure.structure import COMPONENTS
 from optax_structure.transforms._extra import check_number, require, scaled, transformation
 

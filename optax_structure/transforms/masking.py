@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_structure._cohorts import Cohorts, mark_absent
-from optax_structure._markers import Masks
 from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path
+from optax_structure.state.cohorts import Cohorts, mark_absent
+from optax_structure.state.markers import Masks
 from optax_structure.transforms._extra import require, transformation
 
 

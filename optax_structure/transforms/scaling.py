@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_structure._markers import LabelClock
 from optax_structure._tree import PyTree, align
 from optax_structure.labels import LabelFn, Labels
+from optax_structure.state.markers import LabelClock
 from optax_structure.transforms._extra import check_number, require, scaled, transformation
 
 Schedule = Callable[[Any], Any]

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_structure import _slots
-from optax_structure._markers import Masks
-from optax_structure._moving import Change, CohortPlan, Move, move, move_in_place
-from optax_structure._planning import Mixed, Plan
-from optax_structure._slots import Entry
 from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path
+from optax_structure.state import slots
+from optax_structure.state.markers import Masks
+from optax_structure.state.moving import Change, CohortPlan, Move, move, move_in_place
+from optax_structure.state.planning import Mixed, Plan
+from optax_structure.state.slots import Entry
 from optax_structure.structure import Growth
 
 Shapes = dict[str, tuple[int, ...]]
@@ -115,7 +115,7 @@ def _plan_in_place(
     """The plan of a change that moves no leaf: it depends on no value, so every later event finds it here."""
     params = jax.tree.unflatten(params_def, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in param_shapes])
     state = jax.tree.unflatten(state_def, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in state_shapes])
-    entries = _slots.read(tx, state, params)
+    entries = slots.read(tx, state, params)
     plan = Plan(
         entries,
         entries,

@@ -1,7 +1,7 @@
 """Optimizer state through relabelling, growth and pruning, for arbitrary optax chains.
 
 ``transfer_state`` builds the state of the new optimizer on the new parameters from the old state. Nothing is guessed:
-a moment is found by what it is (``_slots``, ``_planning``), its rows move as ``Growth.sources`` says (``_moving``),
+a moment is found by what it is (``slots``, ``planning``), its rows move as ``Growth.sources`` says (``moving``),
 what is new starts as ``new_tx.init`` makes it, and what cannot be carried raises, naming the state.
 """
 
@@ -16,16 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_structure import _slots
-from optax_structure._markers import LabelClock, Masks
-from optax_structure._moving import Change
-from optax_structure._planning import Mixed, is_hyperparam
-from optax_structure._slots import Entry
-from optax_structure._transfer import arrays, carry, carry_in_place, masks_in, moved_sources, shapes, with_grads
 from optax_structure._tree import Params, PyTree, align, is_leaf, leaves_by_path
+from optax_structure.state import slots
+from optax_structure.state.carrying import arrays, carry, carry_in_place, masks_in, moved_sources, shapes, with_grads
+from optax_structure.state.markers import Masks
+from optax_structure.state.moving import Change
+from optax_structure.state.planning import Mixed, is_hyperparam
+from optax_structure.state.slots import Entry
 from optax_structure.structure import Growth
-
-__all__ = ["LabelClock", "Masks", "get_masks", "hyperparams_by_label", "reset_state", "transfer_state"]
 
 
 def transfer_state(
@@ -95,8 +93,8 @@ def transfer_state(
     if new_tx is old_tx and growth is not None and not (growth.rename or restart) and _same(old_params, new_params):
         return carry_in_place(new_tx, old_state, new_params, growth, grads)
     fresh_state = new_tx.init(new_params)
-    old = _slots.read(old_tx, old_state, old_params)
-    new = _slots.read(new_tx, fresh_state, new_params)
+    old = slots.read(old_tx, old_state, old_params)
+    new = slots.read(new_tx, fresh_state, new_params)
     leaves = leaves_by_path(new_params)
     rename = growth.rename if growth is not None else {}
     for path, origin in rename.items():
@@ -162,8 +160,8 @@ def reset_state(
       Sokar et al., The dormant neuron phenomenon in deep reinforcement learning, 2023 (ReDo).
     """
     fresh_state = tx.init(params)
-    old = _slots.read(tx, state, params)
-    new = _slots.read(tx, fresh_state, params)
+    old = slots.read(tx, state, params)
+    new = slots.read(tx, fresh_state, params)
     leaves = leaves_by_path(params)
     chosen = leaves_by_path(align(where, params, "where"))
     whole = frozenset(path for path, flag in chosen.items() if np.ndim(flag) == 0 and bool(flag))
@@ -300,5 +298,5 @@ def _built(tx: optax.GradientTransformation, params: Params, entries: list[Entry
     if not any(is_hyperparam(entry) for entry in entries):
         return {}
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
-    built = _slots.read(tx, tx.init(zeros), zeros)
+    built = slots.read(tx, tx.init(zeros), zeros)
     return {(e.trail, e.index, e.group): e.value for e in built if is_hyperparam(e)}

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_structure._cohorts import Cohorts
-from optax_structure._markers import LabelClock, Masks
-from optax_structure._moving import CohortPlan, Move
-from optax_structure._slots import Entry
 from optax_structure._tree import is_traced
+from optax_structure.state.cohorts import Cohorts
+from optax_structure.state.markers import LabelClock, Masks
+from optax_structure.state.moving import CohortPlan, Move
+from optax_structure.state.slots import Entry
 from optax_structure.structure import COMPONENTS
 
 Mixed = Literal["error", "carry", "fresh"]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_structure._cohorts import ABSENT, Cohorts, admit
 from optax_structure._tree import Params
+from optax_structure.state.cohorts import ABSENT, Cohorts, admit
 from optax_structure.structure import NOT_BORN
 
 
