@@ -84,9 +84,8 @@ def main() -> None:
         growth = oxs.add_connections(*pruned[:4], COUNT, key=key, scores=jax.tree.map(jnp.abs, grads))
         return oxs.transfer_state(tx, state, params, tx, growth.params, growth=growth, grads=grads)
 
-    def patches(*net: Any, key: jax.Array) -> oxs.Growth:
-        *net, count = net
-        return oxs.embed_patches(*net, count // 64, key=key, max_new=count)
+    def patches(params: Any, labels: Any, masks: Any, units: oxs.Units, count: int, *, key: jax.Array) -> oxs.Growth:
+        return oxs.embed_patches(params, labels, masks, units, count // 64, key=key, max_new=count)
 
     arms: dict[str, Callable[[], Any]] = {
         "training step": step,

@@ -10,10 +10,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Read by JAX once, at its import. Two devices let the mesh tests run anywhere; a GPU is used where it is asked for.
+# Read by JAX once, at its import. Two devices let the mesh tests run anywhere; a GPU is used where it is asked for. The
+# suite compiles thousands of tiny programs and runs each for microseconds, so it does without XLA's costly passes: a
+# third of the time. The commands of the README and the benchmarks run with all of them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+for flag in ("--xla_force_host_platform_device_count=2", "--xla_backend_optimization_level=0"):
+    if flag.split("=")[0] not in XLA_FLAGS:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax
@@ -25,6 +29,14 @@ MNIST_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite on two processes where pytest-xdist is there; named files, and ``-n``, run as asked."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if whole and config.getoption("numprocesses", 0) is None and not config.getoption("usepdb"):
+        config.option.numprocesses = 2
 
 
 def pytest_configure(config: pytest.Config) -> None:
