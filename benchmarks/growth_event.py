@@ -60,7 +60,7 @@ def main() -> None:
     masks = oxs.random_masks(key, params_like(units), CONFIG.density)
     params = init_params(key, params_like(units), masks, units, x)
     labels = jax.tree.map(lambda _: "scaffold", params)
-    tx = make_tx(CONFIG, 10_000, labels, masks)
+    tx = make_tx(CONFIG, 10_000, masks)
     program = make_program(tx, units)
     index = np.arange(128, dtype=np.int32)[None]
     carry = [program.run(Carry(params, tx.init(params), first_stats(params, units)), x, y, index)[0]]
@@ -102,7 +102,7 @@ def main() -> None:
     params, state, _ = carry[0]
     began = time.perf_counter()
     growth = oxs.widen(params, labels, oxs.get_masks(state), units, "hidden_2", 64, key=key)
-    new_tx = make_tx(CONFIG, 10_000, growth.labels, growth.masks)
+    new_tx = make_tx(CONFIG, 10_000, growth.masks)
     state = oxs.transfer_state(tx, state, params, new_tx, growth.params, growth=growth)
     wider = make_program(new_tx, growth.units)
     jax.block_until_ready(wider.run(Carry(growth.params, state, first_stats(growth.params, growth.units)), x, y, index))

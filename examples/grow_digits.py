@@ -32,14 +32,13 @@ params = nn.sparse_init_tree(jax.random.key(2), params, masks)
 params = nn.lsuv(lambda params: pre_activations(params, x[:512])[1], params, units.layers)
 
 
-def make_tx(labels, masks):
-    """Sparse AdamW: one count a leaf; young connections warm up, the scaffold is slower, inserted leaves are faster."""
+def make_tx(masks):
+    """Sparse AdamW: one count a leaf; young connections warm up, the scaffold is slower than what was grown."""
     warmup = oxs.age_rule(optax.linear_schedule(0.04, 1.0, 25))
     inner = optax.chain(
         oxs.per_leaf(optax.scale_by_adam()),
         optax.add_decayed_weights(0.05),
         oxs.scale_by_connection(oxs.component_rule(scaffold=0.7), warmup),
-        oxs.scale_by_label({"scaffold": 1.0, "new": 1.4}, labels),
         optax.scale_by_learning_rate(optax.cosine_decay_schedule(1e-2, STEPS)),
     )
     return oxs.sparse(inner, masks)
@@ -63,7 +62,7 @@ def make_run(units, tx):
     return loss, stats, jax.jit(lambda carry, rows: jax.lax.scan(step, carry, rows), donate_argnums=0)
 
 
-tx = make_tx(labels, masks)
+tx = make_tx(masks)
 loss, stats, run = make_run(units, tx)
 carry, rng = (params, tx.init(params), stats), np.random.default_rng(0)
 for step in range(CHUNK, STEPS + 1, CHUNK):
@@ -89,7 +88,7 @@ for step in range(CHUNK, STEPS + 1, CHUNK):
             growths = [inserted, oxs.add_connections(*inserted[:4], room, key=key, component="new")]
     for growth in growths:
         reshaped = growth.units != units  # masks alone: go on with the old compiled step
-        new_tx = make_tx(growth.labels, growth.masks) if reshaped else tx
+        new_tx = make_tx(growth.masks) if reshaped else tx
         state = oxs.transfer_state(tx, state, params, new_tx, growth.params, growth=growth)
         params, labels, units, tx = growth.params, growth.labels, growth.units, new_tx
         if reshaped:

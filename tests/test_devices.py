@@ -48,7 +48,7 @@ def begin(dtype: Any = jnp.float32) -> Job:
     params = jax.jit(lambda key, masks: init_params(key, like, masks, units, jnp.asarray(X)))(jax.random.key(1), masks)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     labels = jax.tree.map(lambda _: "scaffold", params)
-    tx = make_tx(CONFIG, TOTAL, labels, masks)
+    tx = make_tx(CONFIG, TOTAL, masks)
     return Job(
         units, labels, make_program(tx, units), Carry(params, jax.jit(tx.init)(params), first_stats(params, units))
     )
@@ -94,7 +94,7 @@ def go_on(job: Job, growth: Growth) -> Job:
     params, opt_state, stats = job.carry
     grads = dense_gradients(growth.params, growth.units, jnp.asarray(X), jnp.asarray(Y))
     old_tx, reshaped = job.program.tx, growth.units != job.units
-    tx = make_tx(CONFIG, TOTAL, growth.labels, growth.masks) if reshaped else old_tx
+    tx = make_tx(CONFIG, TOTAL, growth.masks) if reshaped else old_tx
     opt_state = oxs.transfer_state(old_tx, opt_state, params, tx, growth.params, growth=growth, grads=grads)
     if reshaped:
         stats = first_stats(growth.params, growth.units)
@@ -141,7 +141,7 @@ def quick_compilation() -> Iterator[None]:
 @pytest.mark.parametrize("on_growth", ["none", "freeze"])
 def test_the_step_of_the_main_job_lowers_for_cpu_cuda_and_tpu(on_growth: str) -> None:
     job = begin()
-    tx = make_tx(CONFIG.replace(on_growth=on_growth), TOTAL, job.labels, oxs.get_masks(job.carry.opt_state))
+    tx = make_tx(CONFIG.replace(on_growth=on_growth), TOTAL, oxs.get_masks(job.carry.opt_state))
     carry = job.carry._replace(opt_state=tx.init(job.carry.params))
     index = jnp.zeros((STEPS, BATCH), jnp.int32)
     program = make_program(tx, job.units)

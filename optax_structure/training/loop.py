@@ -156,7 +156,8 @@ def run_growth(
         if not grew and _rewires(run):
             _rewire(run, arrays)
         if run.host.relabel_at is not None and step >= run.host.relabel_at:
-            _relabel(run)
+            # Their cohorts have the scaffold's rate by now; no rate hangs on a label here, so nothing traces anew.
+            run.labels, run.host.relabel_at = relabel(run.labels, {"new": "scaffold"}), None
         grown = len(run.host.events) == len(due)
         run.host.finished = step >= run.total_steps or (grown and 0 < config.patience <= run.host.stale)
         asked = stop()
@@ -242,7 +243,7 @@ def _apply(run: Run, growth: Growth, evidence: Evidence) -> None:
     params, opt_state, stats = run.carry
     grads = evidence.gradients(growth.params, growth.units)
     reshaped = growth.units != run.units
-    tx = make_tx(run.config, run.total_steps, growth.labels, growth.masks) if reshaped else run.program.tx
+    tx = make_tx(run.config, run.total_steps, growth.masks) if reshaped else run.program.tx
     opt_state = transfer_state(run.program.tx, opt_state, params, tx, growth.params, growth=growth, grads=grads)
     run.units, run.labels = growth.units, growth.labels
     if reshaped:
@@ -298,17 +299,6 @@ def _rewire(run: Run, arrays: Arrays) -> None:
     growth = rewire(run.config, net, evidence, run.config.prune, _key(run, 2))
     if growth is not None:
         _apply(run, growth, evidence)
-
-
-def _relabel(run: Run) -> None:
-    """The warm-up of inserted leaves is over: they become scaffold. Labels are static, so this traces once."""
-    labels = relabel(run.labels, {"new": "scaffold"})
-    tx = make_tx(run.config, run.total_steps, labels, run.masks)
-    params, opt_state, _ = run.carry
-    opt_state = transfer_state(run.program.tx, opt_state, params, tx, params)
-    run.carry = run.carry._replace(opt_state=opt_state)
-    run.labels, run.program = labels, make_program(tx, run.units)
-    run.host.relabel_at, run.host.rebuilt = None, True
 
 
 def _result(run: Run) -> Result:

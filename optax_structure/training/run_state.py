@@ -156,7 +156,7 @@ def start(config: Config, data: Data, given: Structure | None = None) -> Run:
         )
     params = _first_params(jax.random.fold_in(key, 1), masks, units, x)
     labels = jax.tree.map(lambda _: "scaffold", params)
-    tx = make_tx(config, total, labels, masks)
+    tx = make_tx(config, total, masks)
     carry = Carry(params, jax.jit(tx.init)(params), first_stats(params, units))
     nothing = History(np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
     before = Structure(units, masks, {layer: jnp.zeros(units.group(layer).size) for layer in units.layers[:-1]})
@@ -232,7 +232,7 @@ def resume(config: Config, data: Data, folder: Path) -> Run:
         raise CheckpointError(f"{folder} is from another architecture: its leaves are {list(state['labels'])}.")
     labels = map_with_path(lambda path, _: state["labels"][path], params)
     masks = _masks_like(params)
-    tx = make_tx(config, total, labels, masks)
+    tx = make_tx(config, total, masks)
     before_units = checkpoint.units_from_json(state["before_units"])
     before = Structure(
         before_units,

@@ -22,13 +22,12 @@ from optax_structure.training.network import apply_fn, loss_and_aux
 from optax_structure.transforms.connections import ConnectionRule, age_rule, component_rule, scale_by_connection
 from optax_structure.transforms.masking import sparse
 from optax_structure.transforms.per_leaf import per_leaf
-from optax_structure.transforms.scaling import scale_by_label
 
 CHUNK = 50
 """Steps in one dispatch; everything on the host falls on its boundaries."""
 
 RATES = {"none": {"scaffold": 1.0, "patch": 1.0, "new": 1.0}, "dual": {"scaffold": 0.7, "patch": 1.0, "new": 1.0}}
-"""Strategy -> component or label -> factor on the learning rate."""
+"""Strategy -> component -> factor on the learning rate."""
 
 SCAFFOLD_AFTER_GROWTH = {"slow": 0.1, "freeze": 0.0}
 
@@ -70,16 +69,33 @@ def after_growth_rule(factor: float, steps: int) -> ConnectionRule:
     return ConnectionRule("after_growth", table)
 
 
-def make_tx(config: Config, total_steps: int, labels: PyTree, masks: PyTree) -> optax.GradientTransformationExtraArgs:
-    """The main job's optimizer: sparse Adam, one count a leaf, rates by connection and by label, cosine decay.
+def settled_rule(steps: int, factor: float) -> ConnectionRule:
+    """What was ``new`` runs at ``factor`` of that component's rate from age ``steps`` on: it is scaffold by then.
 
-    A connection warms up from its birth (age rule) and keeps the rate of its component; a leaf labelled ``new`` has
-    that label's rate until it is relabelled.
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_structure.training.step import settled_rule
+      >>> ages, components = jnp.array([500, 30, 1]), jnp.array([1, 2, 2], jnp.uint8)    # a patch, and two "new"
+      >>> settled_rule(25, 0.5).factors(ages, components).tolist()
+      [1.0, 0.5, 1.0]
+    """
+
+    def table(age: jax.Array, component: jax.Array) -> jax.Array:
+        return jnp.where((component == COMPONENTS.index("new")) & (age >= steps), factor, 1.0)
+
+    return ConnectionRule("settled", table)
+
+
+def make_tx(config: Config, total_steps: int, masks: PyTree) -> optax.GradientTransformationExtraArgs:
+    """The main job's optimizer: sparse AdamW, one count a leaf, a rate a connection, cosine decay.
+
+    A connection warms up from its birth and has the rate of its component; what was grown as ``new``, inserted leaves
+    included, has the scaffold's once its warm-up is over. Patches keep theirs. All of it is in the cohorts, so a leaf
+    that is relabelled needs no other program.
 
     Args:
       config: strategy, warm-up, peak learning rate.
       total_steps: length of the cosine.
-      labels: tree of ``"scaffold"``, ``"patch"`` and ``"new"``.
       masks: which connections exist.
 
     Returns:
@@ -93,25 +109,21 @@ def make_tx(config: Config, total_steps: int, labels: PyTree, masks: PyTree) -> 
       >>> units = chain([20, 30, 5])
       >>> params = params_like(units)
       >>> masks = oxs.random_masks(jax.random.key(0), params, 0.1)
-      >>> labels = jax.tree.map(lambda _: "scaffold", params)
-      >>> tx = make_tx(Config(), 1000, labels, masks)
+      >>> tx = make_tx(Config(), 1000, masks)
       >>> oxs.nonzero(oxs.get_masks(tx.init(params)))
       75
     """
     rates = RATES[config.strategy]
-    rules = [component_rule(**rates)]
+    rules = [component_rule(**rates), settled_rule(config.warmup, rates["scaffold"] / rates["new"])]
     if config.warmup:
         rules.append(age_rule(optax.linear_schedule(1 / config.warmup, 1.0, config.warmup)))
     if config.on_growth != "none" and config.warmup:
         rules.append(after_growth_rule(SCAFFOLD_AFTER_GROWTH[config.on_growth], config.warmup))
-    # The component already slows the scaffold; a label only tells whole leaves that are new from the rest.
-    by_label = {**dict.fromkeys(rates, 1.0), "new": rates["new"] / rates["scaffold"]}
     return sparse(
         optax.chain(
             per_leaf(optax.scale_by_adam()),
             optax.add_decayed_weights(config.weight_decay),
             scale_by_connection(*rules),
-            scale_by_label(by_label, labels),
             optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, total_steps)),
             optax.scale(-config.learning_rate),
         ),
