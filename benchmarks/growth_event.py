@@ -74,7 +74,7 @@ def main() -> None:
         def run() -> Any:
             params, state, _ = carry[0]
             growth = action(params, labels, oxs.get_masks(state), units, COUNT, key=key, **kwargs)
-            return oxs.transfer_state(tx, state, params, tx, growth.params, growth=growth, grads=grads)
+            return growth.params, oxs.transfer_state(tx, state, params, tx, growth.params, growth=growth, grads=grads)
 
         return run
 
@@ -82,7 +82,7 @@ def main() -> None:
         params, state, _ = carry[0]
         pruned = oxs.prune_connections(params, labels, oxs.get_masks(state), units, COUNT, key=key)
         growth = oxs.add_connections(*pruned[:4], COUNT, key=key, scores=jax.tree.map(jnp.abs, grads))
-        return oxs.transfer_state(tx, state, params, tx, growth.params, growth=growth, grads=grads)
+        return growth.params, oxs.transfer_state(tx, state, params, tx, growth.params, growth=growth, grads=grads)
 
     def patches(params: Any, labels: Any, masks: Any, units: oxs.Units, count: int, *, key: jax.Array) -> oxs.Growth:
         return oxs.embed_patches(params, labels, masks, units, count // 64, key=key, max_new=count)
@@ -93,10 +93,20 @@ def main() -> None:
         "patches + transfer_state": event(patches),
         "prune and add + transfer_state": rewiring,
     }
-    for arm in arms.values():
-        jax.block_until_ready(arm())
+    events = [arm for arm in arms.values() if arm is not step]
+
+    def go_on() -> None:
+        """Each event once, and a step from what it made, in the program that was there."""
+        for grow in events:
+            params, state = grow()
+            carry = jax.tree.map(jnp.copy, Carry(params, state, first_stats(params, units)))
+            jax.block_until_ready(program.run(carry, x, y, index))
+
+    step()
+    go_on()
     counter = listen()
     times = measure(arms, args.rounds)
+    go_on()
     compiled = counter.count
 
     params, state, _ = carry[0]

@@ -38,8 +38,10 @@ def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_str(path), *leaves), tree, *rest)
 
 
-def _children(tree: PyTree) -> tuple[list[Any], Any]:
-    return jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
+def _children(tree: PyTree) -> tuple[dict[str, Any], Any]:
+    """The children of one node by name, and its one-level structure."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
+    return {path_str(path): child for path, child in pairs}, treedef
 
 
 def is_traced(value: Any) -> bool:
@@ -50,6 +52,11 @@ def is_traced(value: Any) -> bool:
 def is_leaf(tree: PyTree) -> bool:
     """Whether ``tree`` is itself a leaf (an array, a string, a number) and no container."""
     return jax.tree_util.all_leaves([tree])
+
+
+def is_function(tree: PyTree) -> bool:
+    """Whether ``tree`` is a function of params and no tree: modules of Equinox and NNX are callable trees."""
+    return is_leaf(tree) and callable(tree)
 
 
 def align(tree: PyTree, like: Params, name: str = "tree") -> PyTree:
@@ -64,7 +71,7 @@ def align(tree: PyTree, like: Params, name: str = "tree") -> PyTree:
     """
     if not jax.tree.leaves(like):
         return like
-    if is_leaf(tree) and callable(tree):
+    if is_function(tree):
         tree = tree(like)
     return _align(tree, like, name, "")
 
@@ -78,16 +85,13 @@ def _align(tree: PyTree, like: Params, name: str, path: str) -> PyTree:
         raise ValueError(f"{name} has a container at {path or 'its root'!r} where params have a leaf.")
     children, treedef = _children(like)
     if is_leaf(tree):
-        return jax.tree.unflatten(treedef, [_align(tree, child, name, path) for child in children])
-    paths = [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(like, is_leaf=lambda node: node is not like)]
-    others, other_def = _children(tree)
-    if len(others) != len(children) or (other_def != treedef and type(tree) is type(like)):
+        return jax.tree.unflatten(treedef, [_align(tree, child, name, path) for child in children.values()])
+    # By name, not by position: a dict is sorted, an OrderedDict, a NamedTuple and a module are not.
+    others, _ = _children(tree)
+    if others.keys() != children.keys():
         raise ValueError(
             f"{name} does not have the structure of params at {path or 'the root'!r}: "
-            f"params hold {paths}, {name} holds {other_def}."
+            f"params hold {list(children)}, {name} holds {list(others)}."
         )
-    parts = [
-        _align(other, child, name, f"{path}/{p}".strip("/"))
-        for other, child, p in zip(others, children, paths, strict=True)
-    ]
+    parts = [_align(others[key], child, name, f"{path}/{key}".strip("/")) for key, child in children.items()]
     return jax.tree.unflatten(treedef, parts)

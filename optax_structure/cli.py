@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any, get_args
 from optax_structure.training import Config, Interrupted, NonFiniteLoss, Run, checkpoint, load_data
 from optax_structure.training.config import EPOCHS, MIN_STEPS, Action, OnGrowth, Placement, Strategy
 from optax_structure.training.data import DATASETS, Data
+from optax_structure.training.report import write_report
 
 _DESCRIPTION = """\
 Train a sparse network and let it grow.
@@ -35,7 +37,7 @@ examples:
   optax-structure grow --resume --out grown
       goes on after Ctrl-C or a crash, with the very numbers that the uninterrupted run would have had
 
-written to --out: report.json, metrics.csv, curves.png, structure.png, checkpoint/
+written to --out: report.json, metrics.csv, curves.png, structure.png, run.json, checkpoint/
 """
 
 
@@ -157,8 +159,12 @@ def _grow(options: dict[str, Any]) -> int:
     resuming = "resume" in options and checkpoint.exists(folder)
     fields = {name: value for name, value in options.items() if name in Config.__dataclass_fields__}
     source = {name: options[name] for name in ("dataset", "data_dir") if name in options}
-    if resuming:
-        stored = checkpoint.load(folder)[1]
+    if len(source) > 1:
+        raise ValueError(f"--dataset {source['dataset']} and --data-dir {source['data_dir']}: give one of them.")
+    asked = out / "run.json"
+    if "resume" in options and (resuming or asked.exists()):
+        # Killed before its first checkpoint, a run starts again: as it was asked for, not with the defaults.
+        stored = checkpoint.load(folder)[1] if resuming else json.loads(asked.read_text())
         # What is given again must agree; ``resume`` compares and names what does not.
         fields = {**stored["config"], **fields}
         source = source or stored["note"]["source"]
@@ -169,6 +175,7 @@ def _grow(options: dict[str, Any]) -> int:
     if "resume" in options and not resuming:
         print(f"{folder} holds no checkpoint: the run starts from the beginning.", file=sys.stderr)
     absolute = {"data_dir": str(Path(source["data_dir"]).resolve())} if "data_dir" in source else source
+    write_report(asked, {"config": config.to_json(), "note": {"source": absolute}})
     return _run(config, data, out, absolute, resuming, "controls" in options)
 
 
@@ -179,7 +186,7 @@ def _run(config: Config, data: Data, out: Path, source: dict[str, str], resuming
     from optax_structure.training.console import final_table, progress_bars
     from optax_structure.training.controls import run_controls
     from optax_structure.training.loop import Progress, run_growth
-    from optax_structure.training.report import make_report, write_metrics, write_report
+    from optax_structure.training.report import make_report, write_metrics
 
     console = Console()
     latest: list[Run] = []

@@ -44,7 +44,7 @@ def finished(toy_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def test_what_is_written(finished: tuple[Path, list[str]]) -> None:
     out, _ = finished
     names = {path.name for path in out.iterdir()}
-    assert names == {"report.json", "metrics.csv", "curves.png", "structure.png", "checkpoint"}
+    assert names == {"report.json", "metrics.csv", "curves.png", "structure.png", "run.json", "checkpoint"}
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "structure.png"))
     report = json.loads((out / "report.json").read_text())
     assert report["dataset"] == "toy" and report["seed"] == 4 and report["controls"] == {}
@@ -138,7 +138,16 @@ def test_nan_loss_is_a_named_error(toy_npz: Path, tmp_path: Path, capsys: pytest
     assert main(["grow", *options]) == 1
     error = capsys.readouterr().err
     assert "step" in error and "Try a smaller learning rate than 1e+30" in error
+    assert "no checkpoint had been written" in error
     assert (tmp_path / "metrics.csv").exists() and not (tmp_path / "report.json").exists()
+    # Without a checkpoint it starts again, with what was asked for: the same rate, the same error.
+    assert main(["grow", "--resume", "--out", str(tmp_path)]) == 1
+    assert "Try a smaller learning rate than 1e+30" in capsys.readouterr().err
+
+
+def test_two_sources_of_data(toy_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grow", "--dataset", "digits", "--data-dir", str(toy_npz)]) == 1
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_missing_extras(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +172,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert heading in text
 
 
-def test_every_option_of_the_issue_exists() -> None:
+def test_every_promised_option_exists() -> None:
     given = (
         "--density .1 --final-density .2 --events 2 --epochs 3 --patience 1 --widths 8 --seed 1 --batch-size 8 "
         "--learning-rate .1 --strategy none --on-growth slow --out o --resume --controls --prune 0 --action widen "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,3 +180,27 @@ def test_label_functions_serve_partition_and_map_params() -> None:
     seen = []
     optax.tree.map_params(tx, lambda leaf: seen.append(leaf) or leaf, state)
     assert len([leaf for leaf in seen if not isinstance(leaf, optax.MaskedNode)]) == 2  # mu and nu of the head
+
+
+class Pair(NamedTuple):
+    w: Any
+    b: Any
+
+
+@pytest.mark.parametrize(
+    "params",
+    [OrderedDict([("w", jnp.ones(1)), ("b", jnp.ones(2))]), Pair(jnp.ones(1), jnp.ones(2))],
+    ids=["odict", "tuple"],
+)
+def test_a_tree_of_another_container_is_matched_by_name(params: PyTree) -> None:
+    """A dict is sorted, these are not: by position the labels would be swapped."""
+    tx = oxs.scale_by_label({"fast": 1.0, "slow": 0.0}, {"w": "fast", "b": "slow"})
+    updates, _ = tx.update(params, tx.init(params))
+    assert {path: float(leaf[0]) for path, leaf in leaves_by_path(updates).items()} == {"w": 1.0, "b": 0.0}
+    with pytest.raises(ValueError, match="labels does not have the structure of params at 'the root'"):
+        oxs.scale_by_label({"fast": 1.0}, {"w": "fast", "c": "fast"}).init(params)
+
+
+def test_labels_are_strings() -> None:
+    with pytest.raises(ValueError, match="labels hold 3; a label is a string"):
+        oxs.scale_by_label({"x": 1.0}, {"w": 3})

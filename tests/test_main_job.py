@@ -12,14 +12,17 @@ import optax
 import pytest
 
 from optax_structure._tree import leaves_by_path
-from optax_structure.sparsity.masks import nonzero
+from optax_structure.growth import insert_layer
+from optax_structure.sparsity.masks import nonzero, random_masks
+from optax_structure.state import transfer_state
 from optax_structure.training import CheckpointError, Config, Data, NonFiniteLoss, Result, Run, load_data, run_growth
 from optax_structure.training.controls import control_configs
 from optax_structure.training.data import Raw, prepare
 from optax_structure.training.loop import Interrupted, Progress
+from optax_structure.training.network import chain, loss_and_aux, params_like
 from optax_structure.training.report import make_report, write_metrics
 from optax_structure.training.run_state import lengths, start
-from optax_structure.training.step import after_growth_rule, batch_rows
+from optax_structure.training.step import after_growth_rule, batch_rows, make_tx
 
 ALL = ("connections", "patches", "widen", "insert")
 CONFIG = Config(
@@ -75,6 +78,27 @@ def result_sizes(result: Result) -> list[int]:
     sizes = [group.size for group in result.units.groups[1:-1]]
     assert len(sizes) == 3 and sorted(set(sizes)) in ([12, 22], [13, 20])
     return sizes
+
+
+def test_the_optimizer_adds_no_temporary_of_parameter_size() -> None:
+    """What XLA sets aside for a step of 784-512-512-10: the main job's chain against plain Adam."""
+    units = chain([784, 512, 512, 10])
+    params = params_like(units)
+    masks = random_masks(jax.random.key(0), params, 0.05)
+
+    def temporaries(tx: optax.GradientTransformation) -> int:
+        def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
+            grads = jax.grad(loss_and_aux, has_aux=True)(params, units, x, y)[0]
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        arguments = (params, tx.init(params), jnp.ones((128, 784)), jnp.zeros(128, jnp.int32))
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    plain, ours = temporaries(optax.adam(1e-3)), temporaries(make_tx(Config(on_growth="slow"), 1000, masks))
+    smallest_kernel = 4 * 512 * 10
+    assert ours - plain < smallest_kernel
 
 
 def test_growth_preserves_the_function(grown: tuple[Result, list[Progress]]) -> None:
@@ -302,6 +326,30 @@ def test_dual_slows_the_scaffold(data: Data) -> None:
     }
     assert found <= {0.0, 0.7} and 0.7 in found
     assert isinstance(updates[0], dict) and optax.tree.norm(updates[0]) > 0
+
+
+def test_dual_rates_of_what_was_inserted() -> None:
+    """An inserted leaf runs at the rate of ``new``, its bias too, and at the scaffold's once its warm-up is over."""
+    units = chain([6, 8, 4])
+    params = params_like(units)
+    masks = random_masks(jax.random.key(0), params, 0.5)
+    config = Config(strategy="dual", warmup=2, weight_decay=0.0, learning_rate=1.0)
+    tx = make_tx(config, 10**9, masks)
+    grads = jax.tree.map(jnp.ones_like, params)
+    labels = jax.tree.map(lambda _: "scaffold", params)
+    _, state = tx.update(grads, tx.init(params), params)
+    growth = insert_layer(params, labels, masks, units, "hidden_1", key=jax.random.key(1))
+    new_tx = make_tx(config, 10**9, growth.masks)
+    state = transfer_state(tx, state, params, new_tx, growth.params, growth=growth)
+    zeros = jax.tree.map(jnp.zeros_like, growth.params)
+    found = []
+    for _ in range(4):
+        updates, state = new_tx.update(jax.tree.map(jnp.ones_like, zeros), state, zeros)
+        found.append({path: float(jnp.max(jnp.abs(leaf))) for path, leaf in leaves_by_path(updates).items()})
+    # Adam's first updates under a constant gradient are 1; the warm-up of 2 steps gives 1/2, 3/4, then 1 (and 0.7).
+    for leaf in ("kernel", "bias"):
+        rates = [updates[f"hidden_1_next/{leaf}"] for updates in found]
+        np.testing.assert_allclose(rates, [0.5, 0.75, 0.7, 0.7], rtol=1e-3)
 
 
 def test_report_has_exactly_the_promised_keys(grown: tuple[Result, list[Progress]]) -> None:

@@ -47,7 +47,8 @@ def transfer_state(
     - A new leaf is fresh, and so is a new element of a living leaf, except that second moments (Adam's ``nu`` and its
       kin) start at the mean of the living ones times ``max(1, g**2 / mean(g_living**2))``: zero would make the first
       updates 3.2 times too large, the plain mean as many times as its gradient is larger. Without ``grads`` the ratio
-      is taken as 1.
+      is taken as 1. (Where more than the second moment hangs on a shared count, a new element of a living leaf is not
+      bounded so well: with RAdam and MADGRAD it starts up to 6 times a fresh optimizer's, with AdaMax more slowly.)
     - A connection that left the mask loses its state; one that came in is fresh, with its birth and component entered
       in the cohorts of ``scale_by_connection``.
     - Masks come from ``growth`` where it is given, else from ``new_tx``. Schedules of ``scale_by_label`` start again
@@ -240,7 +241,7 @@ def hyperparams_by_label(state: optax.OptState, name: str = "learning_rate") -> 
       Label -> value. Labels of nested partitions are joined with ``/``; outside any partition the label is ``all``.
 
     Raises:
-      ValueError: when no group has it, naming those that exist.
+      ValueError: when no group has it, naming those that exist, or one has it twice.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_structure as oxs
@@ -261,8 +262,13 @@ def hyperparams_by_label(state: optax.OptState, name: str = "learning_rate") -> 
         hyperparams = getattr(node, "hyperparams", None)
         if isinstance(hyperparams, Mapping):
             names.update(hyperparams)
+            label = "/".join(group) or "all"
+            if name in hyperparams and label in values:
+                raise ValueError(
+                    f"name={name!r} is injected twice in the group {label!r}: read it with optax.tree.get."
+                )
             if name in hyperparams:
-                values.setdefault("/".join(group) or "all", hyperparams[name])
+                values[label] = hyperparams[name]
         for child in jax.tree.leaves(node, is_leaf=lambda child: child is not node):
             if child is not node:
                 walk(child, group)

@@ -174,7 +174,9 @@ def run_growth(
 
 
 def _not_finite(what: str, step: int, folder: Path | None, config: Config) -> str:
-    kept = f"the last good checkpoint is kept in {folder}" if folder else "no checkpoint was asked for"
+    kept = "no checkpoint had been written"
+    if folder is not None and checkpoint.exists(folder):
+        kept = f"the last good checkpoint is kept in {folder}"
     return f"the {what} step {step}; {kept}. Try a smaller learning rate than {config.learning_rate}."
 
 

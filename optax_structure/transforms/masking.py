@@ -60,7 +60,8 @@ def keep_masked() -> optax.GradientTransformationExtraArgs:
     """Drive every weight off the mask to exactly 0 and keep it there. Goes last.
 
     On the mask the update passes; off it the update is ``-param``: 0 for a weight that is 0, and a weight found off
-    its mask ends at exactly 0, whatever weight decay, momentum or an average of parameters did to it before.
+    its mask ends at exactly 0, whatever weight decay, momentum or an average of parameters did to it before. (Updates
+    keep the gradient's dtype: where that is narrower than the parameter's, 0 is reached within three updates.)
 
     Returns:
       A stateless transformation that reads ``masks=`` and ``params``.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_structure._tree import PyTree, align
+from optax_structure._tree import PyTree, align, is_function
 from optax_structure.labels import LabelFn, Labels
 from optax_structure.state.markers import LabelClock
 from optax_structure.transforms._extra import check_number, require, scaled, transformation
@@ -66,12 +66,14 @@ def scale_by_label(
             check_number(f"scales[{label!r}]", scale)
 
     def checked(labels: Labels) -> Labels:
+        if odd := [label for label in jax.tree.leaves(labels) if not isinstance(label, str)]:
+            raise ValueError(f"labels hold {odd[0]!r}; a label is a string.")
         missing = {label for label in jax.tree.leaves(labels) if label not in scales}
         if missing:
             raise ValueError(f"labels {sorted(missing)} have no scale; scales are given for {sorted(scales)}.")
         return labels
 
-    if not callable(labels):
+    if not is_function(labels):
         checked(labels)
 
     def init_fn(params: optax.Params) -> LabelClock:
@@ -138,7 +140,7 @@ def scale_by_depth(
             raise ValueError(f"depths must be >= 0, got {sorted(set(jax.tree.leaves(depths)))}.")
         return depths
 
-    whole = None if callable(depths) else checked(depths)
+    whole = None if is_function(depths) else checked(depths)
 
     def update_fn(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, **extra_args: Any
