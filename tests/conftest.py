@@ -33,9 +33,13 @@ MNIST_FILES = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite on two processes where pytest-xdist is there; named files, and ``-n``, run as asked."""
+    """Run the whole suite on two processes where pytest-xdist is there; named files, and ``-n``, run as asked.
+
+    Not under a debugger, and not with ``--cov``, which has looked for ``-n`` by now: give both.
+    """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
-    if whole and config.getoption("numprocesses", 0) is None and not config.getoption("usepdb"):
+    alone = config.getoption("usepdb") or config.getoption("cov_source", None)
+    if whole and not alone and config.getoption("numprocesses", 0) is None:
         config.option.numprocesses = 2
 
 
