@@ -101,7 +101,7 @@ def test_the_optimizer_adds_no_temporary_of_parameter_size() -> None:
     assert ours - plain < smallest_kernel
 
 
-def test_growth_preserves_the_function(grown: tuple[Result, list[Progress]]) -> None:
+def test_growth_leaves_the_accuracy_where_it_was(grown: tuple[Result, list[Progress]]) -> None:
     for event in grown[0].events:
         if event["nonzero_after"] > event["nonzero_before"]:
             # Additions start at 0; only what a hard budget prunes after a shape change may move the accuracy.

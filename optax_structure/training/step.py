@@ -132,7 +132,7 @@ def make_tx(config: Config, total_steps: int, masks: PyTree) -> optax.GradientTr
 
 
 def make_program(tx: optax.GradientTransformationExtraArgs, units: Units) -> Program:
-    """The jitted, donated ``lax.scan`` over a chunk of steps, for one structure and one set of labels.
+    """The jitted, donated ``lax.scan`` over a chunk of steps, for one structure.
 
     ``index`` is int32 ``(steps, batch)``: the rows of each step. The data are arguments, the carry is donated.
 
