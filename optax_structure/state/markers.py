@@ -23,3 +23,9 @@ class Masks(NamedTuple):
     """The masks that a transform owns: a bool array a sparse leaf, scalar True for the others."""
 
     masks: PyTree
+
+
+class Positions(NamedTuple):
+    """Where each leaf stands among the leaves: an int32 scalar a leaf, written anew for every new set of leaves."""
+
+    place: PyTree

@@ -12,7 +12,7 @@ import optax
 
 from optax_structure._tree import is_traced
 from optax_structure.state.cohorts import Cohorts
-from optax_structure.state.markers import LabelClock, Masks
+from optax_structure.state.markers import LabelClock, Masks, Positions
 from optax_structure.state.moving import CohortPlan, Move
 from optax_structure.state.slots import Entry
 from optax_structure.structure import COMPONENTS
@@ -99,6 +99,8 @@ class Plan:
         path = entry.path or ""
         if entry.kind is Masks:
             return Move("masks", path=path)
+        if entry.kind is Positions:
+            return Move("fresh")
         # A leaf that is reset keeps the components of its connections, which its cohorts know.
         origin = path if entry.kind is Cohorts and path in self.reset else self.origin[path]
         found = self.candidates(entry, origin) if origin is not None else []

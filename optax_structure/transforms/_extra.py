@@ -1,21 +1,45 @@
-"""What every transformation here does alike with its arguments: checks them once, scales, and asks for extra args."""
+"""What every transformation here does alike: checks its arguments once, asks for extra args, and says what it is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from optax_structure._tree import is_traced
 
 
-def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
-    """``optax.GradientTransformationExtraArgs`` of functions that name the type of their state."""
-    return optax.GradientTransformationExtraArgs(init, update)
+class Rule(NamedTuple):
+    """What a transformation is, for people: see ``describe``.
+
+    Attributes:
+      name: the name of its factory.
+      numbers: argument -> value, in the order in which a reader wants them.
+      state: what its state costs, in words: ``"4 B a leaf"``; empty for none.
+      inner: the transformations that it wraps or hosts.
+    """
+
+    name: str
+    numbers: Mapping[str, Any] = {}
+    state: str = ""
+    inner: tuple[optax.GradientTransformation, ...] = ()
+
+
+class Described(optax.GradientTransformationExtraArgs):
+    """A transformation that carries its rule. Optax's combinators unpack transformations: so the update holds it."""
+
+    @property
+    def rule(self) -> Rule:
+        """What the transformation is."""
+        return cast(Any, self.update).rule
+
+
+def transformation(init: Callable[..., Any], update: Callable[..., Any], rule: Rule) -> Described:
+    """``optax.GradientTransformationExtraArgs`` of functions that name the type of their state, with its rule."""
+    cast(Any, update).rule = rule
+    return Described(init, update)
 
 
 def check_number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf) -> None:
@@ -26,15 +50,14 @@ def check_number(name: str, value: Any, *, low: float = 0.0, high: float = math.
         raise ValueError(f"{name}={value!r} must lie in [{low}, {high}].")
 
 
+def check_schedule(name: str, value: Any, *, of: str) -> None:
+    """Raise ``ValueError`` unless ``value`` can be called."""
+    if not callable(value):
+        raise ValueError(f"{name}={value!r} must be a function of {of}, such as optax.linear_schedule(0, 1, 500).")
+
+
 def require(value: Any, name: str, transform: str) -> Any:
     """The extra argument, or a ``ValueError`` that shows the call which passes it."""
     if value is None:
         raise ValueError(f"{transform} needs {name}=: call tx.update(grads, state, params, {name}=...).")
     return value
-
-
-def scaled(update: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """``update * factor`` in float32, in the update's dtype; a factor of 0 gives exactly 0, even of NaN."""
-    factor = jnp.asarray(factor, jnp.float32)
-    product = (update.astype(jnp.promote_types(update.dtype, jnp.float32)) * factor).astype(update.dtype)
-    return jnp.where(factor == 0, jnp.zeros_like(update), product)

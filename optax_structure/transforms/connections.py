@@ -17,7 +17,8 @@ import optax
 from optax_structure._tree import PyTree, align
 from optax_structure.state.cohorts import ABSENT, Cohorts, first_cohort, follow
 from optax_structure.structure import COMPONENTS
-from optax_structure.transforms._extra import check_number, require, scaled, transformation
+from optax_structure.transforms._extra import Rule, check_number, check_schedule, require
+from optax_structure.transforms._multiplier import Factors, LeafGroup, Multiplier, multiplier
 
 
 class ConnectionRule(NamedTuple):
@@ -52,8 +53,7 @@ def age_rule(schedule: Callable[[Any], Any]) -> ConnectionRule:
       >>> rule.factors(jnp.arange(256), jnp.zeros(256, jnp.uint8))[:3].tolist()
       [1.0, 0.5, 0.25]
     """
-    if not callable(schedule):
-        raise ValueError(f"schedule={schedule!r} must be a function of age, such as optax.linear_schedule(0, 1, 500).")
+    check_schedule("schedule", schedule, of="age")
     return ConnectionRule("age", lambda age, component: jax.vmap(schedule)(age))
 
 
@@ -92,7 +92,7 @@ def component_rule(**factors: float) -> ConnectionRule:
     return ConnectionRule("component", table)
 
 
-def scale_by_connection(*rules: ConnectionRule) -> optax.GradientTransformationExtraArgs:
+def scale_by_connection(*rules: ConnectionRule) -> Multiplier:
     """Multiply the update of every connection by the product of what the rules say of it.
 
     Every connection belongs to a cohort (born at the same step, of one component). The rules are evaluated on the 256
@@ -124,7 +124,7 @@ def scale_by_connection(*rules: ConnectionRule) -> optax.GradientTransformationE
         if not isinstance(rule, ConnectionRule):
             raise ValueError(f"scale_by_connection takes rules such as age_rule(...), got {rule!r}.")
 
-    def update_fn(
+    def factors_fn(
         updates: optax.Updates,
         state: Cohorts,
         params: optax.Params | None = None,
@@ -132,25 +132,28 @@ def scale_by_connection(*rules: ConnectionRule) -> optax.GradientTransformationE
         masks: PyTree | None = None,
         masks_changed: jax.Array | bool = False,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Cohorts]:
+    ) -> tuple[Factors, Cohorts]:
         del params, extra_args
         # Births are looked for only when told to: comparing masks with cohorts every step would cost 7 % of it.
         if masks_changed is not False:
             masks = align(require(masks, "masks", "scale_by_connection(...) with masks_changed="), updates, "masks")
             state = jax.lax.cond(jnp.asarray(masks_changed, bool), lambda s: follow(s, masks), lambda s: s, state)
-        factors = jnp.ones(256, jnp.float32)
+        table = jnp.ones(256, jnp.float32)
         for rule in rules:
-            factors = factors * rule.factors(state.count - state.birth, state.component).astype(jnp.float32)
-        factors = factors.at[ABSENT].set(0.0)
-        updates = jax.tree.map(
-            lambda update, cohort: scaled(update, factors[cohort.astype(jnp.int32)]), updates, state.cohort
-        )
-        return updates, state._replace(count=optax.safe_increment(state.count))
+            table = table * rule.factors(state.count - state.birth, state.component).astype(jnp.float32)
+        table = table.at[ABSENT].set(0.0)
+        cohorts = dict(enumerate(jax.tree.leaves(state.cohort)))
+        kernels = {place: table[ids.astype(jnp.int32)] for place, ids in cohorts.items() if ids.ndim}
+        others = [place for place in cohorts if place not in kernels]
+        ids = [cohorts[place].astype(jnp.int32) for place in others]
+        whole = LeafGroup(tuple(others), (ids,), lambda cohort: table[cohort])
+        return Factors((whole,), kernels), state._replace(count=optax.safe_increment(state.count))
 
-    return transformation(first_cohort, update_fn)
+    numbers = {rule.name: rule.factors for rule in rules}
+    return multiplier(first_cohort, factors_fn, Rule("scale_by_connection", numbers, "1 B a connection"))
 
 
-def scale_by_connection_age(schedule: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
+def scale_by_connection_age(schedule: Callable[[Any], Any]) -> Multiplier:
     """``scale_by_connection(age_rule(schedule))``.
 
     Args:

@@ -11,7 +11,7 @@ import optax
 from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path
 from optax_structure.state.cohorts import Cohorts, mark_absent
 from optax_structure.state.markers import Masks
-from optax_structure.transforms._extra import require, transformation
+from optax_structure.transforms._extra import Rule, require, transformation
 
 
 def _masked(values: PyTree, masks: PyTree) -> PyTree:
@@ -49,7 +49,7 @@ def mask_gradients() -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         return _masked(updates, align(require(masks, "masks", "mask_gradients()"), updates, "masks")), state
 
-    return transformation(lambda params: optax.EmptyState(), update_fn)
+    return transformation(lambda params: optax.EmptyState(), update_fn, Rule("mask_gradients"))
 
 
 def _kept(update: jax.Array, mask: jax.Array, param: jax.Array) -> jax.Array:
@@ -91,7 +91,7 @@ def keep_masked() -> optax.GradientTransformationExtraArgs:
         aligned = align(require(masks, "masks", "keep_masked()"), updates, "masks")
         return jax.tree.map(_kept, updates, aligned, params), state
 
-    return transformation(lambda params: optax.EmptyState(), update_fn)
+    return transformation(lambda params: optax.EmptyState(), update_fn, Rule("keep_masked"))
 
 
 class SparseState(NamedTuple):
@@ -181,4 +181,4 @@ def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
         )
         return jax.tree.map(_kept, updates, mine, params), SparseState(state.masks, inner_state)
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, Rule("sparse", {}, "1 B a connection", (inner,)))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_structure._tree import Params, leaves_by_path
-from optax_structure.transforms._extra import transformation
+from optax_structure.transforms._extra import Rule, transformation
+from optax_structure.transforms._multiplier import inside
 
 
 def _template(inner: optax.GradientTransformation, params: Params) -> Any:
@@ -95,14 +96,16 @@ def per_leaf(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         param_leaves = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
         parts = {name: _by_leaf(value, updates) for name, value in extra_args.items()}
         outputs, states = [], []
-        for index, (leaf, param) in enumerate(zip(leaves, param_leaves, strict=True)):
+        for index, (path, leaf) in enumerate(leaves_by_path(updates).items()):
+            param = param_leaves[index]
             extra = {name: extra_args[name] if of is None else of[index] for name, of in parts.items()}
             own = jax.tree.unflatten(template, [slot[index] for slot in slots])
-            output, own = inner.update(leaf, own, param, **extra)
+            with inside(path):
+                output, own = inner.update(leaf, own, param, **extra)
             outputs.append(output)
             states.append(jax.tree.leaves(own))
         new_slots = [[own[slot] for own in states] for slot in range(template.num_leaves)]
         new_state = jax.tree.unflatten(template, [jax.tree.unflatten(treedef, slot) for slot in new_slots])
         return jax.tree.unflatten(treedef, outputs), new_state
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, Rule("per_leaf", inner=(inner,)))

@@ -17,7 +17,8 @@ import optax
 from optax_structure._tree import PyTree, align, is_function
 from optax_structure.labels import LabelFn, Labels
 from optax_structure.state.markers import LabelClock
-from optax_structure.transforms._extra import check_number, require, scaled, transformation
+from optax_structure.transforms._extra import Rule, check_number, check_schedule, require
+from optax_structure.transforms._multiplier import Factors, LeafGroup, Multiplier, every_leaf, multiplier
 
 Schedule = Callable[[Any], Any]
 
@@ -27,9 +28,7 @@ def label_code(label: str) -> int:
     return zlib.crc32(label.encode())
 
 
-def scale_by_label(
-    scales: Mapping[str, float | Schedule], labels: Labels | LabelFn
-) -> optax.GradientTransformationExtraArgs:
+def scale_by_label(scales: Mapping[str, float | Schedule], labels: Labels | LabelFn) -> Multiplier:
     """Multiply the update of every leaf by the scale of its label.
 
     ``u_leaf <- scales[label(leaf)] * u_leaf``. A schedule reads the leaf's own count of updates since it got its
@@ -83,24 +82,26 @@ def scale_by_label(
             label=jax.tree.map(lambda label: jnp.asarray(label_code(label), jnp.uint32), aligned),
         )
 
-    def update_fn(
+    def factors_fn(
         updates: optax.Updates, state: LabelClock, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, LabelClock]:
+    ) -> tuple[Factors, LabelClock]:
         del params, extra_args
+        leaves, counts = jax.tree.leaves(align(labels, updates, "labels")), jax.tree.leaves(state.count)
+        groups = []
+        for label in dict.fromkeys(leaves):
+            scale, places = scales[label], tuple(place for place, other in enumerate(leaves) if other == label)
+            if callable(scale):
+                groups.append(LeafGroup(places, ([counts[place] for place in places],), scale))
+            else:
+                groups.append(LeafGroup(places, ([scale] * len(places),)))
+        return Factors(tuple(groups)), state._replace(count=jax.tree.map(optax.safe_increment, state.count))
 
-        def scale_leaf(update: jax.Array, label: str, count: jax.Array) -> jax.Array:
-            scale = scales[label]
-            return scaled(update, scale(count) if callable(scale) else scale)
-
-        updates = jax.tree.map(scale_leaf, updates, align(labels, updates, "labels"), state.count)
-        return updates, state._replace(count=jax.tree.map(optax.safe_increment, state.count))
-
-    return transformation(init_fn, update_fn)
+    return multiplier(init_fn, factors_fn, Rule("scale_by_label", scales, "8 B a leaf"))
 
 
 def scale_by_depth(
     decay: float, depths: PyTree, *, protect: Literal["early", "late"] = "early", min_scale: float = 0.0
-) -> optax.GradientTransformationExtraArgs:
+) -> Multiplier:
     """Layer-wise learning-rate decay (LLRD): the factor falls geometrically with the distance from one end.
 
     With depths ``d = 0 .. D-1``: ``decay ** ((D-1-d) / (D-1))`` protects the early layers (the last has factor 1, the
@@ -142,20 +143,21 @@ def scale_by_depth(
 
     whole = None if is_function(depths) else checked(depths)
 
-    def update_fn(
+    def factors_fn(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+    ) -> tuple[Factors, optax.EmptyState]:
         del params, extra_args
         here = checked(align(depths, updates, "depths"))
         last = max(jax.tree.leaves(here if whole is None else whole), default=0)
+        distances = jax.tree.map(lambda depth: (last - depth if protect == "early" else depth) / max(last, 1), here)
 
-        def scale_leaf(update: jax.Array, depth: int) -> jax.Array:
-            distance = (last - depth if protect == "early" else depth) / max(last, 1)
-            return scaled(update, jnp.maximum(jnp.asarray(decay, jnp.float32) ** distance, min_scale))
+        def of(distance: Any) -> jax.Array:
+            return jnp.maximum(jnp.asarray(decay, jnp.float32) ** distance, min_scale)
 
-        return jax.tree.map(scale_leaf, updates, here), state
+        return every_leaf(updates, distances, of=of), state
 
-    return transformation(lambda params: optax.EmptyState(), update_fn)
+    numbers = {"decay": decay, "protect": protect, "min_scale": min_scale}
+    return multiplier(lambda params: optax.EmptyState(), factors_fn, Rule("scale_by_depth", numbers))
 
 
 class ScaleByAgeState(NamedTuple):
@@ -164,9 +166,7 @@ class ScaleByAgeState(NamedTuple):
     age: PyTree
 
 
-def scale_by_age(
-    schedule: Schedule, *, unit: Literal["steps", "events"] = "steps"
-) -> optax.GradientTransformationExtraArgs:
+def scale_by_age(schedule: Schedule, *, unit: Literal["steps", "events"] = "steps") -> Multiplier:
     """Multiply the update of every leaf by ``schedule(age)``: warm-up, or decay, from the leaf's own birth.
 
     A leaf's age is 0 at its first update. In steps it grows with every update; in events it grows by one with every
@@ -193,36 +193,34 @@ def scale_by_age(
       >>> factors
       [0.0, 0.5, 1.0]
     """
-    if not callable(schedule):
-        raise ValueError(f"schedule={schedule!r} must be a function of age, such as optax.linear_schedule(0, 1, 500).")
+    check_schedule("schedule", schedule, of="age")
     if unit not in ("steps", "events"):
         raise ValueError(f"unit={unit!r} must be 'steps' or 'events'.")
 
     def init_fn(params: optax.Params) -> ScaleByAgeState:
         return ScaleByAgeState(age=jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params))
 
-    def update_fn(
+    def factors_fn(
         updates: optax.Updates,
         state: ScaleByAgeState,
         params: optax.Params | None = None,
         *,
         event: jax.Array | bool | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByAgeState]:
+    ) -> tuple[Factors, ScaleByAgeState]:
         del params, extra_args
         if unit == "steps":
             passed = jnp.ones((), jnp.int32)
         else:
             passed = jnp.asarray(require(event, "event", "scale_by_age(unit='events')"), bool).astype(jnp.int32)
-        updates = jax.tree.map(lambda u, age: scaled(u, schedule(age)), updates, state.age)
-        return updates, ScaleByAgeState(age=jax.tree.map(lambda age: age + passed, state.age))
+        factors = every_leaf(updates, state.age, of=schedule)
+        return factors, ScaleByAgeState(age=jax.tree.map(lambda age: age + passed, state.age))
 
-    return transformation(init_fn, update_fn)
+    rule = Rule("scale_by_age", {"schedule": schedule, "unit": unit}, "4 B a leaf")
+    return multiplier(init_fn, factors_fn, rule)
 
 
-def scale_by_density(
-    fn: Callable[[jax.Array], jax.Array], *, per: Literal["leaf", "unit"] = "leaf"
-) -> optax.GradientTransformationExtraArgs:
+def scale_by_density(fn: Callable[[jax.Array], jax.Array], *, per: Literal["leaf", "unit"] = "leaf") -> Multiplier:
     """Multiply the update of every sparse leaf by a function of its density.
 
     Args:
@@ -251,23 +249,26 @@ def scale_by_density(
     if per not in ("leaf", "unit"):
         raise ValueError(f"per={per!r} must be 'leaf' or 'unit'.")
 
-    def update_fn(
+    def factors_fn(
         updates: optax.Updates,
         state: optax.EmptyState,
         params: optax.Params | None = None,
         *,
         masks: PyTree | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+    ) -> tuple[Factors, optax.EmptyState]:
         del params, extra_args
-
-        def scale_leaf(update: jax.Array, mask: jax.Array) -> jax.Array:
-            if jnp.ndim(mask) == 0:
-                return update
-            axes = tuple(range(mask.ndim - (per == "unit")))
-            return scaled(update, fn(jnp.mean(mask, axis=axes, dtype=jnp.float32)))
-
         masks = align(require(masks, "masks", "scale_by_density"), updates, "masks")
-        return jax.tree.map(scale_leaf, updates, masks), state
+        sparse = {place: mask for place, mask in enumerate(jax.tree.leaves(masks)) if jnp.ndim(mask)}
+        if per == "unit":
+            return Factors(elements={place: fn(_density(mask, mask.ndim - 1)) for place, mask in sparse.items()}), state
+        densities = [_density(mask, mask.ndim) for mask in sparse.values()]
+        return Factors((LeafGroup(tuple(sparse), (densities,), fn),)), state
 
-    return transformation(lambda params: optax.EmptyState(), update_fn)
+    rule = Rule("scale_by_density", {"fn": fn, "per": per})
+    return multiplier(lambda params: optax.EmptyState(), factors_fn, rule)
+
+
+def _density(mask: jax.Array, axes: int) -> jax.Array:
+    """The share of connections along the first ``axes`` axes: float32."""
+    return jnp.mean(mask, axis=tuple(range(axes)), dtype=jnp.float32)
