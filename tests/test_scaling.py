@@ -223,6 +223,67 @@ def test_density_reads_the_masks_of_sparse() -> None:
     np.testing.assert_array_equal(out["a"][0], [[4.0, 0.0], [0.0, 0.0]])
 
 
+# By stratum.
+
+
+def strata_at(ages: list[int], labels: Any = None, **arguments: Any) -> dict[str, list[float]]:
+    """The factors of the leaves at some ages."""
+    tx = oxs.strata(labels, **arguments)
+
+    def at(age: jax.Array) -> PyTree:
+        state = tx.init(PARAMS)._replace(count=age)  # since 0
+        return tx.update(jax.tree.map(jnp.ones_like, PARAMS), state)[0]
+
+    out = jax.jit(jax.vmap(at))(jnp.asarray(ages, jnp.int32))
+    return {name: leaf.reshape(len(ages), -1)[:, 0].tolist() for name, leaf in out.items()}
+
+
+def test_strata_by_age_by_hand() -> None:
+    # Older than 20 and older than 100, strictly: at 20 and at 100 a leaf has not sunk yet.
+    out = strata_at([0, 20, 21, 100, 101, 5000])
+    for name in "abc":
+        np.testing.assert_allclose(out[name], [1.0, 1.0, 0.1, 0.1, 0.01, 0.01], rtol=1e-6)
+    # No sediment between the two.
+    out = strata_at([5, 6], geological_age=5, sediment_age=5, active=2.0, geological=0.5)
+    assert out["a"] == [2.0, 0.5]
+
+
+def test_strata_by_label_by_hand() -> None:
+    out = strata_at([0, 50, 5000], {"a": "geological", "b": "patch", "c": "scaffold"})
+    np.testing.assert_allclose(out["a"], [0.01] * 3, rtol=1e-6)
+    assert out["b"] == [0.5] * 3
+    np.testing.assert_allclose(out["c"], [1.0, 0.1, 0.01], rtol=1e-6)  # no stratum: by age
+
+
+def test_strata_sink_with_each_relabelling() -> None:
+    labels = {"a": "active", "b": "patch", "c": "other"}
+    ones, seen = jax.tree.map(jnp.ones_like, PARAMS), []
+    tx = oxs.strata(labels, sediment_age=3)
+    state = tx.init(PARAMS)
+    for _ in range(3):
+        updates, state = tx.update(ones, state)
+        seen.append([float(updates[name].ravel()[0]) for name in "abc"])
+        labels = oxs.settle(labels)
+        new = oxs.strata(labels, sediment_age=3)
+        tx, state = new, oxs.transfer_state(tx, state, PARAMS, new, PARAMS)
+    np.testing.assert_allclose(seen, [[1.0, 0.5, 1.0], [0.1, 0.5, 1.0], [0.01, 0.5, 1.0]], rtol=1e-6)
+    assert [int(state.count - since) for since in jax.tree.leaves(state.since)] == [
+        3,
+        3,
+        3,
+    ]  # relabelling leaves ages alone
+    grown = PARAMS | {"d": jnp.ones(1)}
+    fresh = oxs.strata(labels | {"d": "other"}, sediment_age=2)
+    state = oxs.transfer_state(tx, state, PARAMS, fresh, grown)
+    updates, _ = fresh.update(jax.tree.map(jnp.ones_like, grown), state)
+    np.testing.assert_allclose([updates["c"][0], updates["d"][0]], [0.1, 1.0], rtol=1e-6)
+
+
+def test_strata_of_another_tree_are_named() -> None:
+    with pytest.raises(ValueError, match="labels does not have the structure of params"):
+        oxs.strata({"z": "active"}).init(PARAMS)
+
+
 # All of them in one chain.
 
 

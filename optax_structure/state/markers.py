@@ -1,22 +1,51 @@
-"""State nodes with a meaning of their own when structure changes; ``state.transfer_state`` knows them by type."""
+"""State nodes with a meaning of their own when structure changes; ``state.transfer_state`` knows them by type.
+
+A NamedTuple that says ``serves_all_ages = True`` holds beside what it has of every leaf numbers that are right for
+leaves of any age (a clock, the phase of training): they are carried through every change, as a shared count of Adam's
+must not be.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from optax_structure._tree import PyTree
 
 
-class LabelClock(NamedTuple):
-    """Counts that start again when a leaf gets another label.
+class AgeClock(NamedTuple):
+    """The age of every leaf. Since when it counts is stored, never how long: so a step touches one number, not all.
 
     Attributes:
-      count: int32 scalar a leaf, updates since it got its label.
+      count: int32 scalar, what was counted so far (updates, events).
+      since: int32 scalar a leaf, ``count`` when the leaf was born.
+    """
+
+    count: jax.Array
+    since: PyTree
+    serves_all_ages = True
+
+
+class LabelClock(NamedTuple):
+    """Ages that start again when a leaf gets another label.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      since: int32 scalar a leaf, ``count`` when it got its label.
       label: uint32 scalar a leaf, the CRC-32 of the label.
     """
 
-    count: PyTree
+    count: jax.Array
+    since: PyTree
     label: PyTree
+    serves_all_ages = True
+
+
+def first_clock(params: PyTree) -> AgeClock:
+    """Every leaf is born now."""
+    return AgeClock(jnp.zeros((), jnp.int32), jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params))
 
 
 class Masks(NamedTuple):
@@ -26,6 +55,6 @@ class Masks(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Where each leaf stands among the leaves: an int32 scalar a leaf, written anew for every new set of leaves."""
+    """Where each leaf stands among the leaves: a uint32 scalar a leaf, written anew for every new set of leaves."""
 
     place: PyTree

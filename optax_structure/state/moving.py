@@ -19,21 +19,24 @@ class Move(NamedTuple):
 
     Attributes:
       kind: ``fresh`` as initialised; ``keep`` the old array as it is; ``elements`` the old entries at their new places
-        and fresh ones elsewhere; ``rows`` the same along one axis of a factored moment; ``count`` a count since
-        labelled; ``masks`` the new masks; ``cohort`` cohort ids at their new places.
+        and fresh ones elsewhere; ``rows`` the same along one axis of a factored moment; ``since`` when a
+        leaf's age began; ``masks`` the new masks; ``cohort`` cohort ids at their new places.
       old: index of the old array.
       path: the parameter's path.
       axis: for ``rows``, the parameter's axis that the array runs along.
       second_moment: ``"mean"`` when fresh elements must not start at zero beside a mature count, ``"belief"`` for the
         variance of the gradient around its mean, which is small where the gradient is steady.
-      old_label, new_label: for ``count``, indices of the labels' codes in the old and new state.
+      old_count, new_count: for ``since``, indices of the clocks' counts in the old and new state.
+      old_label, new_label: for ``since``, indices of the labels' codes in the old and new state, -1 without labels.
     """
 
-    kind: Literal["fresh", "keep", "elements", "rows", "count", "masks", "cohort"]
+    kind: Literal["fresh", "keep", "elements", "rows", "since", "masks", "cohort"]
     old: int = -1
     path: str = ""
     axis: int = -1
     second_moment: Literal["", "mean", "belief"] = ""
+    old_count: int = -1
+    new_count: int = -1
     old_label: int = -1
     new_label: int = -1
 
@@ -133,15 +136,13 @@ def _second_moment(
 
 def _move_one(op: Move, old: list[jax.Array], fresh: list[jax.Array], index: int, change: Change) -> jax.Array:
     new = fresh[index]
-    if op.kind == "fresh":
+    if op.kind in ("fresh", "since"):
         return new
     if op.kind == "masks":
         return change.new_masks.get(op.path, new)
     value = old[op.old]
     if op.kind == "keep":
         return value.astype(new.dtype) if jnp.issubdtype(new.dtype, jnp.number) else value
-    if op.kind == "count":
-        return jnp.where(old[op.old_label] == fresh[op.new_label], value, new)
     sources = change.sources.get(op.path, ())
     if op.kind == "cohort":
         if not value.ndim:
@@ -170,6 +171,17 @@ def _move_one(op: Move, old: list[jax.Array], fresh: list[jax.Array], index: int
     if op.second_moment:
         other = _second_moment(op, moved, new, carried, change, grad)
     return jnp.where(carried, moved, other)
+
+
+def _since(op: Move, values: list[jax.Array], old: list[jax.Array]) -> jax.Array:
+    """Since when a leaf counts on the clock that it has now: now, or so that its age stays."""
+    now = values[op.new_count]
+    if op.old < 0:
+        return now
+    carried = now - (old[op.old_count] - old[op.old])
+    if op.old_label < 0:
+        return carried
+    return jnp.where(old[op.old_label] == values[op.new_label], carried, now)
 
 
 def _admit(plan: CohortPlan, values: list[jax.Array], moves: tuple[Move, ...], change: Change) -> None:
@@ -215,6 +227,9 @@ def _move_all(
     change: Change,
 ) -> list[jax.Array]:
     values = [_move_one(op, old, fresh, index, change) for index, op in enumerate(moves)]
+    for index, op in enumerate(moves):
+        if op.kind == "since":  # reads its clock's count, which has been moved by now
+            values[index] = _since(op, values, old)
     for plan in cohorts:
         _admit(plan, values, moves, change)
     return values

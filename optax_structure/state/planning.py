@@ -12,7 +12,7 @@ import optax
 
 from optax_structure._tree import is_traced
 from optax_structure.state.cohorts import Cohorts
-from optax_structure.state.markers import LabelClock, Masks, Positions
+from optax_structure.state.markers import AgeClock, LabelClock, Masks, Positions
 from optax_structure.state.moving import CohortPlan, Move
 from optax_structure.state.slots import Entry
 from optax_structure.structure import COMPONENTS
@@ -23,6 +23,8 @@ Mixed = Literal["error", "carry", "fresh"]
 # beside a mature count is the shared-count fault. Every other array of a fresh element starts as its own init says.
 _SECOND_MOMENTS = frozenset({"nu", "nu_max", "exp_avg_sq", "n"})
 _SECOND_MOMENTS_OF: dict[Any, set[str]] = {optax.FactoredState: {"v", "v_row", "v_col"}}
+
+_CLOCKS = (AgeClock, LabelClock)
 
 
 def _names(paths: Collection[str]) -> str:
@@ -104,11 +106,11 @@ class Plan:
         # A leaf that is reset keeps the components of its connections, which its cohorts know.
         origin = path if entry.kind is Cohorts and path in self.reset else self.origin[path]
         found = self.candidates(entry, origin) if origin is not None else []
-        if not found or origin is None:
+        if entry.kind in _CLOCKS and entry.field == "since":
+            return self._since(entry, found[0] if found else None)
+        if not found or origin is None or (entry.field == "label" and entry.kind is LabelClock):
             return Move("fresh")
         position = found[0]
-        if entry.kind is LabelClock:
-            return self._label_clock(entry, position)
         if is_hyperparam(entry) and not self._as_built(entry, position):
             return Move("fresh")
         value, shape = self.old[position].value, jnp.shape(entry.value)
@@ -139,13 +141,20 @@ class Plan:
             f"Start that leaf fresh with restart=({path!r},)."
         )
 
-    def _label_clock(self, entry: Entry, position: int) -> Move:
-        if entry.field == "label":
-            return Move("fresh")
+    def _since(self, entry: Entry, position: int | None) -> Move:
+        """A leaf keeps its age on whatever clock it is now; a new leaf, or one with another label, is born now."""
+        clock = _sibling(self.new, entry.instance, "count", entry.path)
+        if position is None:
+            return Move("since", new_count=clock)
         before = self.old[position]
-        old_label = _sibling(self.old, before.instance, "label", before.path)
-        new_label = _sibling(self.new, entry.instance, "label", entry.path)
-        return Move("count", old=position, old_label=old_label, new_label=new_label)
+        labels = (-1, -1)
+        if entry.kind is LabelClock:
+            old_label = _sibling(self.old, before.instance, "label", before.path)
+            labels = old_label, _sibling(self.new, entry.instance, "label", entry.path)
+        old_count = _sibling(self.old, before.instance, "count", before.path)
+        return Move(
+            "since", old=position, old_count=old_count, new_count=clock, old_label=labels[0], new_label=labels[1]
+        )
 
     def of_none(self, entry: Entry) -> Move:
         """A count, a key, an injected hyperparameter: one value for many leaves."""
@@ -159,6 +168,8 @@ class Plan:
             return Move("keep", old=own[0]) if own and self._as_built(entry, own[0]) else Move("fresh")
         if not found:
             return Move("fresh")
+        if getattr(entry.kind, "serves_all_ages", False):
+            return Move("keep", old=(same_group or found)[0])
         members = self._members_of(entry)
         feeders: dict[int, str] = {}
         fresh: list[str] = []
@@ -259,8 +270,9 @@ class Plan:
 
 
 def _sibling(entries: list[Entry], instance: str, field: str, path: str | None) -> int:
-    """Index of the array in ``field`` of the state at ``instance``."""
-    return next(i for i, e in enumerate(entries) if (e.instance, e.field, e.path) == (instance, field, path))
+    """Index of the array in ``field`` of the state at ``instance``: the parameter's own, or the one for all."""
+    mine = {e.path: i for i, e in enumerate(entries) if (e.instance, e.field) == (instance, field)}
+    return mine[path if path in mine else None]
 
 
 def _all_equal(values: list[Any]) -> bool:

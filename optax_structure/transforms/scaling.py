@@ -1,4 +1,4 @@
-"""Rates as multipliers on one base rate: by label, depth, age and density.
+"""Rates as multipliers on one base rate: by label, age and density (for depth see ``depth``).
 
 All of these go *after* the moment-holding transform (``optax.scale_by_adam``), whose output does not depend on the
 scale of its input, and before or after ``optax.scale_by_learning_rate``. Chained, their factors multiply.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ import optax
 
 from optax_structure._tree import PyTree, align, is_function
 from optax_structure.labels import LabelFn, Labels
-from optax_structure.state.markers import LabelClock
+from optax_structure.state.markers import AgeClock, LabelClock, first_clock
 from optax_structure.transforms._extra import Rule, check_number, check_schedule, require
-from optax_structure.transforms._multiplier import Factors, LeafGroup, Multiplier, every_leaf, multiplier
+from optax_structure.transforms._multiplier import Factors, LeafGroup, Multiplier, aged, every_leaf, multiplier
+from optax_structure.transforms.events import happened
 
 Schedule = Callable[[Any], Any]
 
@@ -78,7 +79,7 @@ def scale_by_label(scales: Mapping[str, float | Schedule], labels: Labels | Labe
     def init_fn(params: optax.Params) -> LabelClock:
         aligned = checked(align(labels, params, "labels"))
         return LabelClock(
-            count=jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params),
+            *first_clock(params),
             label=jax.tree.map(lambda label: jnp.asarray(label_code(label), jnp.uint32), aligned),
         )
 
@@ -86,92 +87,26 @@ def scale_by_label(scales: Mapping[str, float | Schedule], labels: Labels | Labe
         updates: optax.Updates, state: LabelClock, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[Factors, LabelClock]:
         del params, extra_args
-        leaves, counts = jax.tree.leaves(align(labels, updates, "labels")), jax.tree.leaves(state.count)
+        leaves, since = jax.tree.leaves(align(labels, updates, "labels")), jax.tree.leaves(state.since)
         groups = []
         for label in dict.fromkeys(leaves):
             scale, places = scales[label], tuple(place for place, other in enumerate(leaves) if other == label)
             if callable(scale):
-                groups.append(LeafGroup(places, ([counts[place] for place in places],), scale))
+                groups.append(LeafGroup(places, ([since[place] for place in places],), aged(scale, state.count)))
             else:
                 groups.append(LeafGroup(places, ([scale] * len(places),)))
-        return Factors(tuple(groups)), state._replace(count=jax.tree.map(optax.safe_increment, state.count))
+        return Factors(tuple(groups)), state._replace(count=optax.safe_increment(state.count))
 
     return multiplier(init_fn, factors_fn, Rule("scale_by_label", scales, "8 B a leaf"))
-
-
-def scale_by_depth(
-    decay: float, depths: PyTree, *, protect: Literal["early", "late"] = "early", min_scale: float = 0.0
-) -> Multiplier:
-    """Layer-wise learning-rate decay (LLRD): the factor falls geometrically with the distance from one end.
-
-    With depths ``d = 0 .. D-1``: ``decay ** ((D-1-d) / (D-1))`` protects the early layers (the last has factor 1, the
-    first ``decay``), ``decay ** (d / (D-1))`` the late ones; 1 when ``D = 1``; never below ``min_scale``.
-
-    Args:
-      decay: factor of the most protected layer, in [0, 1].
-      depths: tree of ints with the structure of params (see ``layer_depths``), a prefix, or a function of params. ``D``
-        is one more than the greatest depth of the whole tree: inside ``optax.partition`` pass a tree.
-      protect: which end learns slowly.
-      min_scale: floor of the factor, in [0, 1].
-
-    Returns:
-      A stateless transformation.
-
-    Raises:
-      ValueError: for numbers out of range, an unknown ``protect``, a negative depth.
-
-    Example:
-      >>> import jax.numpy as jnp, optax_structure as oxs
-      >>> params = {"a": jnp.ones(1), "b": jnp.ones(1), "c": jnp.ones(1)}
-      >>> tx = oxs.scale_by_depth(0.25, {"a": 0, "b": 1, "c": 2})
-      >>> updates, _ = tx.update(params, tx.init(params))
-      >>> [float(u[0]) for u in updates.values()]
-      [0.25, 0.5, 1.0]
-
-    References:
-      Clark et al., ELECTRA, 2020 (layer-wise decay); Howard & Ruder, 2018.
-    """
-    check_number("decay", decay, high=1.0)
-    check_number("min_scale", min_scale, high=1.0)
-    if protect not in ("early", "late"):
-        raise ValueError(f"protect={protect!r} must be 'early' or 'late'.")
-
-    def checked(depths: PyTree) -> PyTree:
-        if any(depth < 0 for depth in jax.tree.leaves(depths)):
-            raise ValueError(f"depths must be >= 0, got {sorted(set(jax.tree.leaves(depths)))}.")
-        return depths
-
-    whole = None if is_function(depths) else checked(depths)
-
-    def factors_fn(
-        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[Factors, optax.EmptyState]:
-        del params, extra_args
-        here = checked(align(depths, updates, "depths"))
-        last = max(jax.tree.leaves(here if whole is None else whole), default=0)
-        distances = jax.tree.map(lambda depth: (last - depth if protect == "early" else depth) / max(last, 1), here)
-
-        def of(distance: Any) -> jax.Array:
-            return jnp.maximum(jnp.asarray(decay, jnp.float32) ** distance, min_scale)
-
-        return every_leaf(updates, distances, of=of), state
-
-    numbers = {"decay": decay, "protect": protect, "min_scale": min_scale}
-    return multiplier(lambda params: optax.EmptyState(), factors_fn, Rule("scale_by_depth", numbers))
-
-
-class ScaleByAgeState(NamedTuple):
-    """State of ``scale_by_age``: int32 scalar a leaf, steps or events since it was born."""
-
-    age: PyTree
 
 
 def scale_by_age(schedule: Schedule, *, unit: Literal["steps", "events"] = "steps") -> Multiplier:
     """Multiply the update of every leaf by ``schedule(age)``: warm-up, or decay, from the leaf's own birth.
 
     A leaf's age is 0 at its first update. In steps it grows with every update; in events it grows by one with every
-    update whose ``event=`` is true (a traced bool), so that "ten times slower per growth phase" is
-    ``lambda age: 0.1 ** age``. ``transfer_state`` carries ages over and starts new leaves at 0.
+    update whose ``event=`` is true (a traced bool) or concerns any leaf (the distances of ``scale_on_event``), so that
+    "ten times slower per growth phase" is ``age_decay(0.1)``. ``transfer_state`` carries ages over and starts new
+    leaves at 0.
 
     Args:
       schedule: age (int32 scalar) -> factor.
@@ -197,27 +132,24 @@ def scale_by_age(schedule: Schedule, *, unit: Literal["steps", "events"] = "step
     if unit not in ("steps", "events"):
         raise ValueError(f"unit={unit!r} must be 'steps' or 'events'.")
 
-    def init_fn(params: optax.Params) -> ScaleByAgeState:
-        return ScaleByAgeState(age=jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params))
-
     def factors_fn(
         updates: optax.Updates,
-        state: ScaleByAgeState,
+        state: AgeClock,
         params: optax.Params | None = None,
         *,
-        event: jax.Array | bool | None = None,
+        event: PyTree | None = None,
         **extra_args: Any,
-    ) -> tuple[Factors, ScaleByAgeState]:
+    ) -> tuple[Factors, AgeClock]:
         del params, extra_args
         if unit == "steps":
             passed = jnp.ones((), jnp.int32)
         else:
-            passed = jnp.asarray(require(event, "event", "scale_by_age(unit='events')"), bool).astype(jnp.int32)
-        factors = every_leaf(updates, state.age, of=schedule)
-        return factors, ScaleByAgeState(age=jax.tree.map(lambda age: age + passed, state.age))
+            passed = happened(require(event, "event", "scale_by_age(unit='events')")).astype(jnp.int32)
+        factors = every_leaf(updates, state.since, of=aged(schedule, state.count))
+        return factors, state._replace(count=state.count + passed)
 
     rule = Rule("scale_by_age", {"schedule": schedule, "unit": unit}, "4 B a leaf")
-    return multiplier(init_fn, factors_fn, rule)
+    return multiplier(first_clock, factors_fn, rule)
 
 
 def scale_by_density(fn: Callable[[jax.Array], jax.Array], *, per: Literal["leaf", "unit"] = "leaf") -> Multiplier:
