@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import optax_structure as oxs
 from optax_structure._tree import leaves_by_path
 from optax_structure.growth import insert_layer
 from optax_structure.sparsity.masks import nonzero, random_masks
@@ -191,10 +192,14 @@ def test_on_growth_freezes_or_slows_the_old(data: Data, on_growth: Any, moves: b
 def test_after_growth_rule_reads_the_latest_growth_alone() -> None:
     components = jnp.array([0, 2, 1, 0], jnp.uint8)  # scaffold, new, patch, rewired scaffold
     rule = after_growth_rule(0.1, 50)
-    young = rule.factors(jnp.array([400, 300, 20, 5]), components)
-    np.testing.assert_allclose(young, [0.1, 0.1, 1.0, 1.0])
-    np.testing.assert_allclose(rule.factors(jnp.array([400, 300, 50, 5]), components), 1.0)
-    np.testing.assert_allclose(rule.factors(jnp.array([400, 300]), jnp.zeros(2, jnp.uint8)), 1.0)
+
+    def factors(ages: list[int], components: jax.Array) -> jax.Array:
+        age = jnp.array(ages)
+        return rule.factors(oxs.CohortTable(age, 400 - age, components))
+
+    np.testing.assert_allclose(factors([400, 300, 20, 5], components), [0.1, 0.1, 1.0, 1.0])
+    np.testing.assert_allclose(factors([400, 300, 50, 5], components), 1.0)
+    np.testing.assert_allclose(factors([400, 300], jnp.zeros(2, jnp.uint8)), 1.0)
 
 
 def test_patience_stops_and_tests_the_best(data: Data) -> None:

@@ -19,7 +19,9 @@ from optax_structure.extrema import ActivationStats, init_activation_stats, upda
 from optax_structure.structure import COMPONENTS, Units
 from optax_structure.training.config import Config
 from optax_structure.training.network import apply_fn, loss_and_aux
-from optax_structure.transforms.connections import ConnectionRule, age_rule, component_rule, scale_by_connection
+from optax_structure.transforms._connection import CohortRule, CohortTable
+from optax_structure.transforms.connection_rules import age_rule, component_rule
+from optax_structure.transforms.connections import scale_by_connection
 from optax_structure.transforms.masking import sparse
 from optax_structure.transforms.per_leaf import per_leaf
 
@@ -48,42 +50,42 @@ class Program(NamedTuple):
     traces: list[int]
 
 
-def after_growth_rule(factor: float, steps: int) -> ConnectionRule:
+def after_growth_rule(factor: float, steps: int) -> CohortRule:
     """Everything older than the latest growth runs at ``factor`` of its rate for ``steps`` updates after it.
 
     Growth is a cohort whose component is not ``scaffold``; connections that rewiring puts in place are scaffold.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, optax_structure as oxs
       >>> from optax_structure.training.step import after_growth_rule
       >>> ages, components = jnp.array([500, 3, 1]), jnp.array([0, 2, 0], jnp.uint8)    # the second cohort is "new"
-      >>> after_growth_rule(0.0, 100).factors(ages, components).tolist()
+      >>> after_growth_rule(0.0, 100).factors(oxs.CohortTable(ages, 500 - ages, components)).tolist()
       [0.0, 1.0, 1.0]
     """
 
-    def table(age: jax.Array, component: jax.Array) -> jax.Array:
-        grown = component != COMPONENTS.index("scaffold")
-        since = jnp.min(age, where=grown, initial=jnp.iinfo(jnp.int32).max)
-        return jnp.where((since < steps) & (age > since), factor, 1.0)
+    def factors(table: CohortTable) -> jax.Array:
+        grown = table.component != COMPONENTS.index("scaffold")
+        since = jnp.min(table.age, where=grown, initial=jnp.iinfo(jnp.int32).max)
+        return jnp.where((since < steps) & (table.age > since), factor, 1.0)
 
-    return ConnectionRule("after_growth", table)
+    return CohortRule("after_growth", factors)
 
 
-def settled_rule(steps: int, factor: float) -> ConnectionRule:
+def settled_rule(steps: int, factor: float) -> CohortRule:
     """What was ``new`` runs at ``factor`` of that component's rate from age ``steps`` on: it is scaffold by then.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, optax_structure as oxs
       >>> from optax_structure.training.step import settled_rule
       >>> ages, components = jnp.array([500, 30, 1]), jnp.array([1, 2, 2], jnp.uint8)    # a patch, and two "new"
-      >>> settled_rule(25, 0.5).factors(ages, components).tolist()
+      >>> settled_rule(25, 0.5).factors(oxs.CohortTable(ages, 500 - ages, components)).tolist()
       [1.0, 0.5, 1.0]
     """
 
-    def table(age: jax.Array, component: jax.Array) -> jax.Array:
-        return jnp.where((component == COMPONENTS.index("new")) & (age >= steps), factor, 1.0)
+    def factors(table: CohortTable) -> jax.Array:
+        return jnp.where((table.component == COMPONENTS.index("new")) & (table.age >= steps), factor, 1.0)
 
-    return ConnectionRule("settled", table)
+    return CohortRule("settled", factors)
 
 
 def make_tx(config: Config, total_steps: int, masks: PyTree) -> optax.GradientTransformationExtraArgs:

@@ -127,7 +127,8 @@ def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
 
     ``mask_gradients -> inner -> keep_masked``, with the masks in the state: they are values, not code, so a change of
     masks (``transfer_state`` after a growth action) goes on in the same compiled step. Every extra argument reaches
-    ``inner``, and with them ``masks=`` and ``masks_changed=``.
+    ``inner``, and with them ``masks=`` and ``masks_changed=``; a ``grads=`` (see ``observe``) is masked as
+    the gradients are.
 
     Args:
       inner: the optimizer. It sees gradients that are 0 off the mask.
@@ -176,6 +177,8 @@ def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
         if params is None:
             raise ValueError("sparse(...) needs params: call tx.update(grads, state, params).")
         mine = state.masks.masks
+        if extra_args.get("grads") is not None:  # of an enclosing observe()
+            extra_args["grads"] = _masked(align(extra_args["grads"], updates, "grads"), mine)
         updates, inner_state = inner.update(
             _masked(updates, mine), state.inner_state, params, masks=mine, masks_changed=masks_changed, **extra_args
         )
