@@ -4,6 +4,7 @@ Everything that acts on gradients is an ``optax.GradientTransformation``; everyt
 function on pytrees. Layers and models for Flax are in ``optax_structure.nn``, which this page does not import.
 """
 
+from optax_structure import presets as presets
 from optax_structure.extrema import ActivationStats as ActivationStats
 from optax_structure.extrema import Extrema as Extrema
 from optax_structure.extrema import extrema_counts as extrema_counts
@@ -23,6 +24,8 @@ from optax_structure.labels import label_by_path as label_by_path
 from optax_structure.labels import label_counts as label_counts
 from optax_structure.labels import layer_depths as layer_depths
 from optax_structure.labels import relabel as relabel
+from optax_structure.schedules import age_decay as age_decay
+from optax_structure.schedules import soft_clamp as soft_clamp
 from optax_structure.sparsity.masks import apply_masks as apply_masks
 from optax_structure.sparsity.masks import density as density
 from optax_structure.sparsity.masks import is_kernel as is_kernel
@@ -42,18 +45,52 @@ from optax_structure.structure import UnitGroup as UnitGroup
 from optax_structure.structure import Units as Units
 from optax_structure.structure import conv_chain as conv_chain
 from optax_structure.structure import dense_chain as dense_chain
-from optax_structure.transforms.connections import ConnectionRule as ConnectionRule
-from optax_structure.transforms.connections import age_rule as age_rule
-from optax_structure.transforms.connections import component_rule as component_rule
+from optax_structure.transforms._connection import CohortRule as CohortRule
+from optax_structure.transforms._connection import CohortTable as CohortTable
+from optax_structure.transforms._connection import ConnectionRule as ConnectionRule
+from optax_structure.transforms._connection import ElementRule as ElementRule
+from optax_structure.transforms._connection import Kernel as Kernel
+from optax_structure.transforms._connection import optional_rule as optional_rule
+from optax_structure.transforms.connection_rules import age_rule as age_rule
+from optax_structure.transforms.connection_rules import birth_rule as birth_rule
+from optax_structure.transforms.connection_rules import component_rule as component_rule
+from optax_structure.transforms.connection_rules import extrema_rule as extrema_rule
+from optax_structure.transforms.connection_rules import gradient_rule as gradient_rule
+from optax_structure.transforms.connection_rules import scale_rule as scale_rule
+from optax_structure.transforms.connection_rules import strength_rule as strength_rule
+from optax_structure.transforms.connections import connection_ages as connection_ages
+from optax_structure.transforms.connections import connection_components as connection_components
 from optax_structure.transforms.connections import scale_by_connection as scale_by_connection
 from optax_structure.transforms.connections import scale_by_connection_age as scale_by_connection_age
+from optax_structure.transforms.depth import scale_by_depth as scale_by_depth
+from optax_structure.transforms.depth import scale_by_depth_bands as scale_by_depth_bands
+from optax_structure.transforms.depth import scale_by_depth_profile as scale_by_depth_profile
+from optax_structure.transforms.describing import describe as describe
+from optax_structure.transforms.describing import rates as rates
+from optax_structure.transforms.describing import rates_by_label as rates_by_label
+from optax_structure.transforms.events import growth_distances as growth_distances
+from optax_structure.transforms.events import layer_distances as layer_distances
+from optax_structure.transforms.events import scale_on_event as scale_on_event
+from optax_structure.transforms.freezing import FreezePhase as FreezePhase
+from optax_structure.transforms.freezing import freeze_at_phase as freeze_at_phase
+from optax_structure.transforms.freezing import freeze_labels as freeze_labels
+from optax_structure.transforms.freezing import frozen_below as frozen_below
+from optax_structure.transforms.freezing import progressive_freezing as progressive_freezing
 from optax_structure.transforms.masking import keep_masked as keep_masked
 from optax_structure.transforms.masking import mask_gradients as mask_gradients
 from optax_structure.transforms.masking import sparse as sparse
+from optax_structure.transforms.observe import observe as observe
 from optax_structure.transforms.per_leaf import per_leaf as per_leaf
+from optax_structure.transforms.phases import PhaseSignals as PhaseSignals
+from optax_structure.transforms.phases import loss_phase as loss_phase
+from optax_structure.transforms.phases import scale_by_extrema_phase as scale_by_extrema_phase
+from optax_structure.transforms.phases import scale_by_loss_phase as scale_by_loss_phase
+from optax_structure.transforms.product import scale_by_product as scale_by_product
 from optax_structure.transforms.scaling import scale_by_age as scale_by_age
 from optax_structure.transforms.scaling import scale_by_density as scale_by_density
-from optax_structure.transforms.scaling import scale_by_depth as scale_by_depth
 from optax_structure.transforms.scaling import scale_by_label as scale_by_label
+from optax_structure.transforms.strata import settle as settle
+from optax_structure.transforms.strata import strata as strata
+from optax_structure.transforms.trust_ratio import scale_by_masked_trust_ratio as scale_by_masked_trust_ratio
 
 __version__ = "0.1.0"

@@ -1,8 +1,4 @@
-"""The table of every public transformation, and the small trees that the property suite runs them on.
-
-``tests/test_common.py`` runs every property on every row, so a new transformation gets all of them by one entry in
-``ROWS``. Where a transformation cannot have a property, its row says so by leaving a field empty.
-"""
+"""What a row of the property suite says, and the small trees that it runs on. The table itself is ``tests/rows.py``."""
 
 from __future__ import annotations
 
@@ -42,6 +38,8 @@ class Row:
       first: a member that stands before the optimizer, not after it.
       neutral: arguments (and ``neutral_extra``) with which it changes nothing.
       frozen: arguments with which the entries of ``frozen_where(params)`` never move.
+      hides: a wrapper that shows the inner optimizer some leaves only, so that its state does not follow all of them.
+      slow: its programs are large, so what compiles them runs with the slow tests.
       across_leaves: a leaf's update depends on other leaves, so that ``optax.partition`` changes it.
       bad: arguments, each put in place of a good one, and the message that they must raise. A callable gets params.
     """
@@ -57,6 +55,8 @@ class Row:
     neutral_extra: Arguments | None = None
     frozen: Arguments | None = None
     frozen_where: Callable[[PyTree], PyTree] = lambda params: jax.tree.map(lambda _: True, params)
+    hides: bool = False
+    slow: bool = False
     across_leaves: bool = False
     bad: tuple[tuple[Mapping[str, Any], str], ...] = ()
 
@@ -146,195 +146,6 @@ def with_full_masks(params: PyTree) -> dict[str, Any]:
     return {"masks": full_masks(params)}
 
 
-# Factories whose numbers are keyword arguments, so that optax.inject_hyperparams can reach them.
-
-
-def connection(
-    scaffold: float = 1.0, patch: float = 1.0, schedule: optax.Schedule | None = None
-) -> optax.GradientTransformationExtraArgs:
-    rules = [oxs.component_rule(scaffold=scaffold, patch=patch)]
-    return oxs.scale_by_connection(*rules, *([oxs.age_rule(schedule)] if schedule else []))
-
-
-def whole_chain(labels: PyTree, masks: PyTree, learning_rate: float) -> optax.GradientTransformationExtraArgs:
-    """The chain of the README."""
-    return oxs.sparse(
-        optax.chain(
-            optax.clip_by_global_norm(1.0),
-            oxs.per_leaf(optax.scale_by_adam()),
-            oxs.scale_by_label({"scaffold": 0.1, "new": optax.linear_schedule(0.0, 1.0, 2)}, labels),
-            oxs.scale_by_connection(oxs.component_rule(patch=2.0)),
-            optax.scale_by_learning_rate(learning_rate),
-        ),
-        masks,
-    )
-
-
-WARMUP = optax.linear_schedule(0.25, 1.0, 2)
-
-
-def one(x: jax.Array) -> jax.Array:
-    return jnp.ones_like(x, jnp.float32)
-
-
-def zero(x: jax.Array) -> jax.Array:
-    return jnp.zeros_like(x, jnp.float32)
-
-
-ROWS = (
-    Row(
-        name="scale_by_label",
-        factory=oxs.scale_by_label,
-        arguments=lambda p: {"scales": {"scaffold": 0.1, "new": 2.0}, "labels": labels(p)},
-        neutral=lambda p: {"scales": {"scaffold": 1.0, "new": 1.0}, "labels": labels(p)},
-        frozen=lambda p: {"scales": {"scaffold": 0.0, "new": 1.0}, "labels": labels(p)},
-        frozen_where=labelled("scaffold"),
-        bad=(
-            ({"scales": {"scaffold": -1.0, "new": 1.0}}, r"scales\['scaffold'\]=-1\.0"),
-            ({"scales": {"scaffold": 1.0, "new": float("nan")}}, r"scales\['new'\]=nan"),
-            ({"scales": {"scaffold": 1.0}}, r"labels \['new'\] have no scale.*\['scaffold'\]"),
-        ),
-    ),
-    Row(
-        name="scale_by_label_schedule",
-        factory=oxs.scale_by_label,
-        arguments=lambda p: {"scales": {"scaffold": 0.1, "new": WARMUP}, "labels": labels(p)},
-        neutral=lambda p: {"scales": {"scaffold": one, "new": one}, "labels": labels(p)},
-        frozen=lambda p: {"scales": {"scaffold": zero, "new": WARMUP}, "labels": labels(p)},
-        frozen_where=labelled("scaffold"),
-    ),
-    Row(
-        name="scale_by_depth",
-        factory=oxs.scale_by_depth,
-        arguments=lambda p: {"decay": 0.5, "depths": depths(p), "min_scale": 0.1},
-        neutral=lambda p: {"decay": 1.0, "depths": depths(p)},
-        frozen=lambda p: {"decay": 0.0, "depths": depths(p)},
-        frozen_where=lambda p: jax.tree.map(lambda depth: depth == 0, depths(p)),
-        bad=(
-            ({"decay": 1.5}, r"decay=1\.5"),
-            ({"decay": -0.5}, r"decay=-0\.5"),
-            ({"min_scale": 2.0}, r"min_scale=2\.0"),
-            ({"protect": "middle"}, "protect='middle'"),
-            ({"depths": {"hidden": -1, "head": 0}}, r"depths.*-1"),
-        ),
-    ),
-    Row(
-        name="scale_by_depth_late",
-        factory=oxs.scale_by_depth,
-        arguments=lambda p: {"decay": 0.5, "depths": depths(p), "protect": "late"},
-        neutral=lambda p: {"decay": 1.0, "depths": depths(p), "protect": "late"},
-        frozen=lambda p: {"decay": 0.0, "depths": depths(p), "protect": "late"},
-        frozen_where=lambda p: jax.tree.map(lambda depth: depth > 0, depths(p)),
-    ),
-    Row(
-        name="scale_by_age",
-        factory=oxs.scale_by_age,
-        arguments=lambda p: {"schedule": WARMUP},
-        neutral=lambda p: {"schedule": one},
-        frozen=lambda p: {"schedule": zero},
-        bad=(({"schedule": 0.5}, r"schedule=0\.5"), ({"unit": "epochs"}, "unit='epochs'")),
-    ),
-    Row(
-        name="scale_by_age_events",
-        factory=oxs.scale_by_age,
-        arguments=lambda p: {"schedule": WARMUP, "unit": "events"},
-        extra=lambda p: {"event": jnp.asarray(True)},
-        needs=("event",),
-        neutral=lambda p: {"schedule": one, "unit": "events"},
-    ),
-    Row(
-        name="scale_by_density",
-        factory=oxs.scale_by_density,
-        arguments=lambda p: {"fn": lambda density: 0.5 + density},
-        extra=with_masks,
-        needs=("masks",),
-        neutral=lambda p: {"fn": one},
-        frozen=lambda p: {"fn": zero},
-        frozen_where=lambda p: jax.tree.map(lambda leaf: leaf.ndim > 1, p),
-        bad=(({"fn": 2.0}, r"fn=2\.0"), ({"per": "layer"}, "per='layer'")),
-    ),
-    Row(
-        name="scale_by_density_unit",
-        factory=oxs.scale_by_density,
-        arguments=lambda p: {"fn": lambda density: 0.5 + density, "per": "unit"},
-        extra=with_masks,
-        needs=("masks",),
-        neutral=lambda p: {"fn": one, "per": "unit"},
-    ),
-    Row(
-        name="scale_by_connection",
-        factory=connection,
-        arguments=lambda p: {"scaffold": 0.5, "patch": 2.0, "schedule": WARMUP},
-        extra=with_changed_masks,
-        neutral=lambda p: {"schedule": one},
-        neutral_extra=with_full_masks,
-        frozen=nothing,
-        frozen_where=off_mask,
-        bad=(({"scaffold": -1.0}, r"scaffold=-1\.0"), ({"schedule": 3}, "schedule=3")),
-    ),
-    Row(
-        name="scale_by_connection_component",
-        factory=connection,
-        arguments=lambda p: {"scaffold": 0.5},
-        neutral=lambda p: {"scaffold": 1.0},
-        frozen=lambda p: {"scaffold": 0.0},
-    ),
-    Row(
-        name="scale_by_connection_none",
-        factory=oxs.scale_by_connection,
-        neutral=nothing,
-    ),
-    Row(
-        name="scale_by_connection_age",
-        factory=oxs.scale_by_connection_age,
-        arguments=lambda p: {"schedule": WARMUP},
-        extra=with_masks,
-        neutral=lambda p: {"schedule": one},
-        neutral_extra=with_full_masks,
-        frozen=lambda p: {"schedule": zero},
-        bad=(({"schedule": 0.5}, r"schedule=0\.5"),),
-    ),
-    Row(
-        name="mask_gradients",
-        factory=oxs.mask_gradients,
-        extra=with_masks,
-        needs=("masks",),
-        first=True,
-        neutral=nothing,
-        neutral_extra=with_full_masks,
-    ),
-    Row(
-        name="keep_masked",
-        factory=oxs.keep_masked,
-        extra=with_masks,
-        needs=("masks",),
-        neutral=nothing,
-        neutral_extra=with_full_masks,
-        frozen=nothing,
-        frozen_where=off_mask,
-    ),
-    Row(
-        name="sparse",
-        factory=oxs.sparse,
-        wraps=True,
-        arguments=lambda p: {"masks": masks(p)},
-        neutral=lambda p: {"masks": full_masks(p)},
-        frozen=lambda p: {"masks": masks},
-        frozen_where=off_mask,
-    ),
-    Row(name="per_leaf", factory=oxs.per_leaf, wraps=True, neutral=nothing),
-    Row(
-        name="whole_chain",
-        factory=whole_chain,
-        arguments=lambda p: {"labels": labels(p), "masks": masks(p), "learning_rate": 1e-2},
-        frozen=lambda p: {"labels": labels(p), "masks": masks(p), "learning_rate": 1e-2},
-        frozen_where=off_mask,
-        across_leaves=True,
-    ),
-)
-BY_NAME = {row.name: row for row in ROWS}
-
-
 def multi_steps(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Two gradients an update. ``MultiSteps.gradient_transformation()`` would drop the extra arguments."""
     made = optax.MultiSteps(inner, 2)
@@ -378,7 +189,7 @@ class Trained(NamedTuple):
     params: PyTree
 
 
-def train(tx: optax.GradientTransformation, params: PyTree, grads: PyTree, **extra: Any) -> Trained:
+def train(tx: optax.GradientTransformation, params: PyTree, grads: PyTree, /, **extra: Any) -> Trained:
     """As many steps as ``grads`` holds, to be jitted. ``lax.scan`` demands a state of one structure."""
     tx = optax.with_extra_args_support(tx)
 

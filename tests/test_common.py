@@ -1,4 +1,4 @@
-"""The properties that every public transformation has: each test runs on every row of ``tests/common.py``.
+"""The properties that every public transformation has: each test runs on every row of ``tests/rows.py``.
 
 Most of the time goes into compiling, so a test puts what it compares into one program where it can.
 """
@@ -19,8 +19,6 @@ import numpy as np
 import optax
 import pytest
 from common import (
-    BY_NAME,
-    ROWS,
     PyTree,
     Row,
     Trained,
@@ -38,12 +36,15 @@ from common import (
 )
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rows import BY_NAME, ROWS
 
 import optax_structure as oxs
 
 
 def rows(having: Callable[[Row], Any]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("row", [row for row in ROWS if having(row)], ids=lambda row: row.name)
+    chosen = [row for row in ROWS if having(row)]
+    marked = [pytest.param(row, marks=pytest.mark.slow) if row.slow else row for row in chosen]
+    return pytest.mark.parametrize("row", marked, ids=lambda row: row.name)
 
 
 every_row = rows(lambda row: True)
@@ -142,7 +143,7 @@ def test_keeps_the_dtype_of_updates(row: Row, dtype: Any) -> None:
         assert jnp.bfloat16 not in {leaf.dtype for leaf in jax.tree.leaves(state)}, "statistics are float32"
 
 
-@every_row
+@rows(lambda row: not row.hides)
 def test_map_params(row: Row) -> None:
     params = make_params()
     for tx in (row.alone(params), row.around(base_optimizer(), params)):
@@ -245,7 +246,7 @@ def test_members_and_wrappers_of_inject_hyperparams(row: Row) -> None:
 
 def around_inner(row: Row, inner: str, params: PyTree, grads: PyTree) -> Trained:
     tx = row.around(inner_optimizers()[inner], params)
-    return train(tx, params, grads, value=jnp.asarray(1.0), **row.extra(params))
+    return train(tx, params, grads, **{"value": jnp.asarray(1.0)} | row.extra(params))
 
 
 @every_row
@@ -371,20 +372,25 @@ def test_mesh_agrees_with_one_device(row: Row) -> None:
 
 
 @pytest.fixture(scope="module")
-def restored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The states of all rows, written by Orbax and read back: one checkpoint, since it is the slowest part."""
+def restored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], dict[str, Any]]:
+    """The states of all quick (all slow) rows, written by Orbax and read back, in one checkpoint: it takes long."""
     ocp = pytest.importorskip("orbax.checkpoint")
-    states = {row.name: base_run(row.name).state for row in ROWS}
-    folder = tmp_path_factory.mktemp("checkpoint") / "states"
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, states)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(folder, jax.tree.map(jnp.zeros_like, states))
+
+    @functools.cache
+    def states(slow: bool) -> dict[str, Any]:
+        written = {row.name: base_run(row.name).state for row in ROWS if row.slow == slow}
+        folder = tmp_path_factory.mktemp("checkpoint") / "states"
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder, written)
+            checkpointer.wait_until_finished()
+            return checkpointer.restore(folder, jax.tree.map(jnp.zeros_like, written))
+
+    return states
 
 
 @every_row
-def test_checkpoint_round_trip(row: Row, restored: dict[str, Any]) -> None:
-    assert_equal(restored[row.name], base_run(row.name).state)
+def test_checkpoint_round_trip(row: Row, restored: Callable[[bool], dict[str, Any]]) -> None:
+    assert_equal(restored(row.slow)[row.name], base_run(row.name).state)
 
 
 @every_row
