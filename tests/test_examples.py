@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 # What makes an example small; one that is not listed is small by itself.
-TINY: dict[str, list[str]] = {}
+TINY: dict[str, list[str]] = {"continual.py": ["--tiny"], "transfer_learning.py": ["--tiny"]}
 
 
 def test_there_are_examples() -> None:
