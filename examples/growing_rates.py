@@ -62,7 +62,7 @@ def make_run(tx, units):
 
 def grow(action, params, labels, masks, units, key):
     if action == "connections":
-        return oxs.add_connections(params, labels, masks, units, 200, key=key, init="fan_in")
+        return oxs.add_connections(params, labels, masks, units, 200, key=key)
     if action == "patches":
         return oxs.add_patches(params, labels, masks, units, "hidden_2", 3, key=key)
     return oxs.insert_layer(params, labels, masks, units, "hidden_1", key=key, density=0.05)

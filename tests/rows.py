@@ -95,6 +95,13 @@ def whole_chain(labels: PyTree, masks: PyTree, learning_rate: float) -> optax.Gr
     )
 
 
+def scale_by_loss_phase(
+    scales: Any = (1.0, 0.5), *, rule: Any = oxs.loss_phase, every: Any = 1, window: Any = 2
+) -> Any:
+    """With a window that is full after two updates: a shape, and no number that could be injected."""
+    return oxs.scale_by_loss_phase(scales, rule=rule, every=every, window=window)
+
+
 def freeze_at_phase(
     inner: optax.GradientTransformation, phases: Any, depths: PyTree, *, phase: Any = 1
 ) -> optax.GradientTransformation:
@@ -132,23 +139,28 @@ KEPT = {"patches": 1.0, "strata_ages": (100.0, 20.0)}
 
 
 def preset_row(name: str) -> Row:
-    """A preset as a wrapper around an optimizer; one that is refused for its own rate is turned round."""
+    """A preset as a wrapper around an optimizer, which is turned round: with a rate of its own it would be refused."""
     preset = getattr(oxs.presets, name)
 
     def factory(inner: optax.GradientTransformation, learning_rate: float, **given: Any) -> Any:
+        given = {"steps_per_epoch": 2} | given  # a length, and no number that could be injected
         try:
-            return preset(learning_rate, inner=inner, **given)
+            return preset(learning_rate, inner=optax.chain(inner, optax.scale(-1.0)), **given)
         except ValueError as error:
             if "already applies a learning rate" not in str(error):
                 raise
-            return preset(learning_rate, inner=optax.chain(inner, optax.scale(-1.0)), **given)
+            return preset(learning_rate, inner=inner, **given)
 
-    # optax.inject_hyperparams has to know the names.
-    factory.__signature__ = inspect.signature(preset)  # pyright: ignore[reportFunctionMemberAccess]
+    # optax.inject_hyperparams reads names and defaults here.
+    shown = dict(inspect.signature(preset).parameters)
+    first = shown.pop("inner").replace(kind=inspect.Parameter.POSITIONAL_ONLY, default=inspect.Parameter.empty)
+    shown["steps_per_epoch"] = shown["steps_per_epoch"].replace(default=2)
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown.values()]
+    factory.__signature__ = inspect.Signature([first, *keywords])  # pyright: ignore[reportFunctionMemberAccess]
     factory.__name__ = name
 
     def arguments(params: PyTree) -> dict[str, Any]:
-        return {"learning_rate": 0.5, "labels": labels(params), "depths": depths(params), "steps_per_epoch": 2}
+        return {"learning_rate": 0.5, "labels": labels(params), "depths": depths(params)}
 
     off = {n: KEPT.get(n) for n in inspect.signature(preset).parameters if n not in SHARED}
     freezes = "rates" in off
@@ -460,12 +472,12 @@ ROWS = (
     ),
     Row(
         name="scale_by_loss_phase",
-        factory=oxs.scale_by_loss_phase,
-        arguments=lambda p: {"scales": (1.0, 0.5, 0.25, 0.125), "every": 1, "window": 2},
+        factory=scale_by_loss_phase,
+        arguments=lambda p: {"scales": (1.0, 0.5, 0.25, 0.125), "every": 1},
         extra=lambda p: {"value": jnp.asarray(1.0), "grads": jax.tree.map(jnp.ones_like, p), "extrema": EXTREMA},
         needs=("value",),
-        neutral=lambda p: {"scales": (1.0, 1.0, 1.0), "every": 1, "window": 2},
-        frozen=lambda p: {"scales": (0.0,), "every": 1, "window": 2},
+        neutral=lambda p: {"scales": (1.0, 1.0, 1.0), "every": 1},
+        frozen=lambda p: {"scales": (0.0,), "every": 1},
         bad=(
             ({"scales": ()}, r"scales=\(\)"),
             ({"scales": (1.0, -0.5)}, r"scales\[1\]=-0\.5"),

@@ -98,7 +98,9 @@ def test_package_is_marked_as_typed() -> None:
 def test_names_of_the_readme_exist() -> None:
     oxs = pytest.importorskip("optax_structure")
     pytest.importorskip("flax")
-    import optax_structure.nn  # noqa: F401  (the README names nn.*, which the root does not import)
+    pytest.importorskip("matplotlib")
+    import optax_structure.nn
+    import optax_structure.training  # noqa: F401  (the README names nn.* and training.*, which the root does not import)
 
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     name = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"

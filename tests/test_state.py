@@ -346,7 +346,9 @@ def test_a_fresh_leaf_is_fresh_and_the_others_are_not_touched(name: str) -> None
     before, now, fresh = by_key(state), by_key(after), by_key(tx.init(grown))
     for key, value in now.items():
         assert (key in before) != of_part(key, "c"), key
-        np.testing.assert_array_equal(value, before.get(key, fresh[key]), err_msg=key)
+        born = key.partition(".since")
+        expected = now[born[0] + ".count"] if born[1] and of_part(key, "c") else fresh[key]  # on a clock: born now
+        np.testing.assert_array_equal(value, before.get(key, expected), err_msg=key)
     if not CASES[name].shared:
         assert_same(oxs.transfer_state(tx, state, PARAMS, tx, grown), after)
 
@@ -478,9 +480,9 @@ def test_a_second_growth_starts_its_warmup_again_as_a_multiplier(name: str) -> N
         for key, value in now.items():
             if key.startswith("[1].label"):
                 expected = fresh[key]
-            elif key.startswith("[1].count"):
+            elif key.startswith("[1].since"):  # a leaf's age is the count less this
                 stays = of_part(key, "a", "b") or (c_label == "new" and of_part(key, "c"))
-                expected = before[key] if stays else np.int32(0)
+                expected = before[key] if stays else before["[1].count"]
             else:
                 expected = before.get(key, fresh[key])
             np.testing.assert_array_equal(value, expected, err_msg=key)

@@ -14,7 +14,7 @@ import optax
 from optax_structure._tree import PyTree, align, is_function, is_traced
 from optax_structure.labels import LabelFn, Labels
 from optax_structure.transforms._connection import ConnectionRule
-from optax_structure.transforms._extra import Rule, check_number, transformation
+from optax_structure.transforms._extra import Rule, check_number, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import Factors, LeafGroup, Multiplier, multiplier
 from optax_structure.transforms.connections import scale_by_connection
 from optax_structure.transforms.depth import scale_by_depth_profile
@@ -91,7 +91,7 @@ def watched(
 
     ``observe`` traces all that stands in it twice to learn the moments, this traces ``inner`` alone twice.
     """
-    first, second = (optax.with_extra_args_support(tx) for tx in (inner, rest))
+    first, second = (takes_extra_args(tx) for tx in (inner, rest))
 
     def init_fn(params: optax.Params) -> ObserveState:
         weight = jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params)
@@ -126,10 +126,10 @@ def shows(*parts: Callable[..., Parts]) -> Callable[[Preset], Preset]:
 
 def check_direction(inner: optax.GradientTransformation) -> None:
     """Raise ``ValueError`` for an optimizer that already applies a rate: its update points against the gradient."""
-    leaf = jnp.ones((2, 2))
     try:
         with jax.ensure_compile_time_eval():
-            tx = optax.with_extra_args_support(inner)
+            leaf = jnp.ones((2, 2))
+            tx = takes_extra_args(inner)
             state, slope = tx.init(leaf), jnp.zeros(())
             for _ in range(4):  # the first updates of optax.MultiSteps are 0
                 update, state = tx.update(leaf, state, leaf, value=jnp.ones(()))

@@ -27,6 +27,7 @@ from optax_structure.training.fit_model import Capture, Model, as_model
 from optax_structure.training.fit_step import Carry, Loss, Settings, cast_floats, make_chunk, make_evaluate
 from optax_structure.training.loop import NonFiniteLoss
 from optax_structure.training.step import CHUNK, batch_rows
+from optax_structure.transforms._extra import takes_extra_args
 
 
 class Epoch(NamedTuple):
@@ -195,7 +196,7 @@ def fit(
     data, held = place(tuple(map(jnp.asarray, train))), place(tuple(map(jnp.asarray, validation)))
     check_logits(_shape_of(model.evaluate, model, held[0], settings), held[1], monitor)
     extra = {} if masks is None else {"masks": place(align(masks, model.params, "masks"))}
-    tx = optax.with_extra_args_support(tx)
+    tx = takes_extra_args(tx)
     stats = None
     if capture is not None:
         activations = _shape_of(model.train, model, data[0][:1], settings, jax.random.key(0))[1]

@@ -20,6 +20,7 @@ import optax
 
 from optax_structure._tree import Params, PyTree, is_function
 from optax_structure.labels import LabelFn, Labels
+from optax_structure.transforms._extra import takes_extra_args
 from optax_structure.transforms.describing import Spread, rates, rates_by_label
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def trace_rates(
             raise ValueError(f"{name}={number!r} must be an int >= 1.")
     given = extra if callable(extra) else lambda step: extra or {}
     gradient = grads or functools.partial(_noise, params)
-    made = optax.with_extra_args_support(tx)
+    made = takes_extra_args(tx)
 
     def run(params: Params, state: optax.OptState) -> dict[str, Spread]:
         def update(state: optax.OptState, step: jax.Array) -> tuple[optax.OptState, None]:

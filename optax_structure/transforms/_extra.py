@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -40,6 +41,19 @@ def transformation(init: Callable[..., Any], update: Callable[..., Any], rule: R
     """``optax.GradientTransformationExtraArgs`` of functions that name the type of their state, with its rule."""
     cast(Any, update).rule = rule
     return Described(init, update)
+
+
+def takes_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """``optax.with_extra_args_support`` that does not take them from what has them.
+
+    Optax goes by the type, and ``optax.MultiSteps`` (like its ``gradient_transformation()``) has another: its update
+    hands extra arguments on, and would silently be given none.
+    """
+    if isinstance(tx, optax.GradientTransformationExtraArgs):
+        return tx
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
 
 
 def check_number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf) -> None:

@@ -14,6 +14,7 @@ import optax
 
 from optax_structure._tree import Params, PyTree, align, leaves_by_path, map_with_path
 from optax_structure.labels import LabelFn, Labels
+from optax_structure.transforms._extra import takes_extra_args
 from optax_structure.transforms._multiplier import recording
 
 
@@ -174,7 +175,7 @@ def rates(
     """
     given: Any = jax.tree.map(jnp.zeros_like, params) if grads is None else grads
     with recording() as product, jax.disable_jit():
-        optax.with_extra_args_support(tx).update(given, state, params, **extra_args)
+        takes_extra_args(tx).update(given, state, params, **extra_args)
     return map_with_path(lambda path, leaf: _whole(product.get(path, jnp.ones((), jnp.float32)), leaf), params)
 
 

@@ -11,7 +11,7 @@ import optax
 from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path
 from optax_structure.state.cohorts import Cohorts, mark_absent
 from optax_structure.state.markers import Masks
-from optax_structure.transforms._extra import Rule, require, transformation
+from optax_structure.transforms._extra import Rule, require, takes_extra_args, transformation
 
 
 def _masked(values: PyTree, masks: PyTree) -> PyTree:
@@ -154,7 +154,7 @@ def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
     References:
       Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = takes_extra_args(inner)
 
     def init_fn(params: optax.Params) -> SparseState:
         aligned = align(masks, params, "masks")

@@ -11,7 +11,7 @@ import optax
 from jax.extend import core
 
 from optax_structure._tree import PyTree
-from optax_structure.transforms._extra import Rule, transformation
+from optax_structure.transforms._extra import Rule, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import recording
 
 
@@ -91,7 +91,7 @@ def observe(inner: optax.GradientTransformation) -> optax.GradientTransformation
       >>> updates.round(2).tolist()
       [[0.5, 2.0]]
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = takes_extra_args(inner)
 
     def init_fn(params: optax.Params) -> ObserveState:
         return ObserveState(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params), inner.init(params))

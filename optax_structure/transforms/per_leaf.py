@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_structure._tree import Params, leaves_by_path
-from optax_structure.transforms._extra import Rule, transformation
+from optax_structure.transforms._extra import Rule, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import inside
 
 
@@ -78,7 +78,7 @@ def per_leaf(inner: optax.GradientTransformation) -> optax.GradientTransformatio
       >>> {name: int(count) for name, count in state.count.items()}
       {'a': 0, 'b': 0}
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = takes_extra_args(inner)
 
     def init_fn(params: optax.Params) -> optax.OptState:
         template = _template(inner, params)
