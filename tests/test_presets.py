@@ -32,13 +32,16 @@ MANY = oxs.Extrema(dead={"first": jnp.array([True, False])}, saturated={"first":
 def after(tx: Any, updates: int, **extra: Any) -> dict[str, float]:
     """The rates of the three layers at the update with that number, counted from 0."""
 
+    whole = {name: value for name, value in extra.items() if not isinstance(value, jax.Array)}  # arrays: a step's each
+    each = {name: value for name, value in extra.items() if name not in whole}
+
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run() -> PyTree:
-        def step(state: Any, _: None) -> Any:
-            return tx.update(PARAMS, state, PARAMS, **extra)[1], None
+        def step(state: Any, now: dict[str, Any]) -> Any:
+            return tx.update(PARAMS, state, PARAMS, **whole, **now)[1], None
 
-        state, _ = jax.lax.scan(step, tx.init(PARAMS), None, length=updates)
-        return oxs.rates(tx, state, PARAMS, **extra)
+        state, _ = jax.lax.scan(step, tx.init(PARAMS), {n: v[:updates] for n, v in each.items()}, length=updates)
+        return oxs.rates(tx, state, PARAMS, **whole, **{name: value[updates] for name, value in each.items()})
 
     return {path: float(rate) for path, rate in run().items()}
 
@@ -89,6 +92,8 @@ BY_HAND: dict[str, list[tuple[int, dict[str, Any], list[float]]]] = {
         (0, {}, [0.6 * 0.8, 0.6 * 0.9, 0.1]),
         (9, {}, [0.48 * 0.95**0.9, 0.54 * 0.95**0.9, 0.95**0.9]),  # the head's warm-up is over with its tenth update
         (0, {"event": True}, [0.48 * 0.7, 0.54 * 0.7, 0.1]),
+        # an event at step 0, seen 20 steps later, the recovery's 2 epochs: .3 of the rate is lost, 1/e of that is left
+        (20, {"event": jnp.arange(21) == 0}, [f * 0.95**2 * (1 - 0.3 * np.exp(-1)) for f in (0.48, 0.54)] + [0.95**2]),
     ],
     "extrema_focused": [
         (0, {}, [0.35, 0.7, 1.5]),
@@ -102,9 +107,10 @@ BY_HAND: dict[str, list[tuple[int, dict[str, Any], list[float]]]] = {
         (200, {}, [0.0, 0.0, 0.1]),  # from epoch 20: all but the last frozen
     ],
     "structure_net": [
-        # label .35 .35 1, depth .5 .7071 1, connections and the head at a fifth of their warm-up of 5 steps
-        (0, {}, [0.35 * 0.5 / 5, 0.35 * 0.5**0.5 / 5, 0.04]),
+        # label .35 .35 1, depth .5 .7071 1, connections at a fifth of their warm-up of 5 steps
+        (0, {}, [0.35 * 0.5 / 5, 0.35 * 0.5**0.5 / 5, 0.2]),
         (4, {}, [0.175, 0.35 * 0.5**0.5, 1.0]),
+        (4, {"event": jnp.arange(10) == 0}, [f * (1 - 0.3 * np.exp(-0.4)) for f in (0.175, 0.35 * 0.5**0.5)] + [1.0]),
     ],
     "transfer_learning": [
         (0, {}, [0.25 * 0.7, 0.25 * 0.7**0.5, 0.1]),
@@ -133,6 +139,97 @@ def test_rates_by_hand(name: str) -> None:
         np.testing.assert_allclose(
             [found[layer] for layer in PARAMS], expected, rtol=2e-6, err_msg=f"{updates} {extra}"
         )
+
+
+KERNELS = {"first": {"kernel": jnp.array([[4.0, 0.5, 0.01]])}, "head": {"kernel": jnp.array([[0.5], [0.5], [0.5]])}}
+
+
+def of_first(tx: Any, **extra: Any) -> list[float]:
+    """The rates of the first kernel's three connections at the first update, every gradient being 1."""
+    ones = jax.tree.map(jnp.ones_like, KERNELS)
+    rates = oxs.rates(tx, tx.init(KERNELS), KERNELS, grads=ones, **extra)
+    return np.broadcast_to(rates["first"]["kernel"], (1, 3))[0].tolist()
+
+
+def off_but(preset: Any, **on: Any) -> Any:
+    """A preset with every part off but these."""
+    off = {n: KEPT.get(n) for n in inspect.signature(preset).parameters if n not in SHARED}
+    return preset(1e-3, "scaffold", bounds=None, **(off | on))
+
+
+def test_rules_of_connections_in_the_presets_by_hand() -> None:
+    units = oxs.dense_chain(KERNELS, ["first", "head"])
+    none = jnp.zeros(3, bool)
+    extrema = oxs.Extrema(dead={"first": none.at[2].set(True)}, saturated={"first": none})
+    # Fan-in 1: strength 4 is above 3, .5 between, .01 below .1.
+    assert of_first(off_but(oxs.presets.comprehensive, strength=(0.7, 1.3))) == pytest.approx([0.7, 1.0, 1.3])
+    # The root of the second moment is 1, above .01.
+    assert of_first(off_but(oxs.presets.ultimate, gradient=(0.5, 1.3))) == pytest.approx([0.5] * 3)
+    # Connections of the third unit, which is dead.
+    boosted = off_but(oxs.presets.ultimate, extrema_boost=1.5, units=units)
+    assert of_first(boosted, extrema=extrema) == pytest.approx([1.0, 1.0, 1.5])
+    assert of_first(boosted) == [1.0] * 3
+    focused = off_but(oxs.presets.extrema_focused, boost=3.0, units=units)
+    assert of_first(focused, extrema=extrema) == pytest.approx([1.0, 1.0, 3.0])
+    # Adam's first update has entries of 1: 10 * |w| / |u| = 10 * sqrt(16.2501 / 3), capped at 2; without the cap that.
+    assert of_first(off_but(oxs.presets.ultimate, trust=(10.0, 2.0))) == pytest.approx([2.0] * 3)
+    expected = 0.1 * np.sqrt(16.2501 / 3)
+    assert of_first(off_but(oxs.presets.ultimate, trust=(0.1, 2.0))) == pytest.approx([expected] * 3, rel=1e-4)
+    # Density 1/3 is above 10 %, 1 % below 2 %.
+    masks = {"first": {"kernel": jnp.array([[True, False, False]])}, "head": {"kernel": jnp.asarray(True)}}
+    dense = off_but(oxs.presets.comprehensive, by_density=(1.5, 0.75))
+    assert of_first(dense, masks=masks) == pytest.approx([0.75] * 3)
+    assert of_first(dense) == [1.0] * 3
+    # Births: everything is of step 0, before epoch 20.
+    assert of_first(off_but(oxs.presets.basic, births=((20.0, 0.5),))) == [0.5] * 3
+
+
+def test_loss_phases_in_ultimate() -> None:
+    """A loss that stands still is a plateau once the window of five is full."""
+    tx = off_but(oxs.presets.ultimate, loss_phase=(1.0, 0.8, 0.6, 0.5))
+    assert [after(tx, updates, value=1.0)["first"] for updates in (3, 6)] == pytest.approx([1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "message"),
+    [
+        ("basic", {"clamp": (-1.0, 0.5)}, r"clamp=\(-1\.0, 0\.5\) does not do: the epochs=-1\.0"),
+        ("basic", {"bands": (1.0, 2.0), "depths": DEPTHS}, r"bands=\(1\.0, 2\.0\) does not do"),
+        ("basic", {"births": ((20.0, -1.0),)}, r"births=.*does not do: bands\[0\] factor=-1\.0"),
+        ("comprehensive", {"by_density": (-1.0, 1.0)}, r"by_density=.*the factor of sparse leaves=-1\.0"),
+        ("balanced", {"backoff": (1.5, 0.1)}, r"backoff=.*the factor=1\.5"),
+        ("balanced", {"rates": {"scaffold": -1.0}}, r"rates\['scaffold'\]=-1\.0"),
+        (
+            "fine_tuning",
+            {"freezing": (20.0, 5.0), "depths": DEPTHS},
+            r"freezing=\(20\.0, 5\.0\) does not do: phases start",
+        ),
+        ("continual_learning", {"strata_rates": (1.0,)}, r"strata_rates=\(1\.0,\) does not do"),
+        ("combined", {"patches": -0.5}, r"patches=-0\.5"),
+        ("ultimate", {"trust": (-1.0, 2.0)}, r"trust=.*trust_coefficient=-1\.0"),
+        ("extrema_focused", {"connection_age": (10.0, 2.0)}, r"connection_age=.*the floor=2\.0"),
+    ],
+)
+def test_bad_numbers_are_named(name: str, numbers: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(oxs.presets, name)(1e-3, LABELS, **numbers)
+
+
+def test_leaves_and_growth_between_the_groups_of_a_partition() -> None:
+    """A new leaf enters a group of presets whose clock is the run's, and a leaf changes groups."""
+    old, new = {"a": jnp.ones(2), "b": jnp.ones(2)}, {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+
+    def make(labels: dict[str, str]) -> Any:
+        tx = oxs.presets.balanced(1e-3, labels, steps_per_epoch=10)
+        return optax.multi_transform({"scaffold": tx, "new": tx}, labels)
+
+    tx = make({"a": "scaffold", "b": "new"})
+    _, state = tx.update(old, tx.init(old), old)
+    after = make({"a": "scaffold", "b": "scaffold", "c": "new"})
+    state = oxs.transfer_state(tx, state, old, after, new)
+    rates = {path: float(rate) for path, rate in oxs.rates(after, state, new).items()}
+    backoff = 0.95**0.1
+    assert rates == pytest.approx({"a": 0.6 * backoff, "b": 0.6 * backoff, "c": 0.1 * backoff})
 
 
 def plain(params: PyTree, name: str) -> dict[str, Any]:

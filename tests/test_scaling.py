@@ -303,3 +303,14 @@ def test_states_are_scalars_a_leaf() -> None:
         assert {leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params))} == {()}
     for tx in (oxs.scale_by_depth(0.5, 0), oxs.scale_by_density(functools.partial(jnp.add, 1.0))):
         assert jax.tree.leaves(tx.init(params)) == []
+
+
+def test_the_event_that_a_leaf_was_born_in_does_not_age_it() -> None:
+    """Ten times slower per growth phase: what was there before an event, and not what the event made."""
+    tx = oxs.scale_by_age(oxs.age_decay(0.1), unit="events")
+    old, new = {"a": jnp.ones(1)}, {"a": jnp.ones(1), "b": jnp.ones(1)}
+    state, seen = oxs.transfer_state(tx, tx.init(old), old, tx, new), []
+    for event in (True, False, True, False):
+        updates, state = tx.update(new, state, event=jnp.asarray(event))
+        seen.append([float(updates[name][0]) for name in "ab"])
+    np.testing.assert_allclose(seen, [[1.0, 1.0], [0.1, 1.0], [0.1, 1.0], [0.01, 0.1]], rtol=1e-6)

@@ -8,22 +8,23 @@ from typing import Any
 import optax
 from flax.training import train_state
 
+from optax_structure.transforms._extra import takes_extra_args
+
 
 class TrainState(train_state.TrainState):
     """A ``flax.training.train_state.TrainState`` whose ``apply_gradients`` hands extra arguments to ``tx.update``.
 
-        Flax's hands them to ``replace`` only, so that ``value=``, ``event=`` or ``extrema=`` never arrive. ``tx`` is
-        static: ``state.replace(tx=...)`` compiles the step again.
+    Flax's hands them to ``replace`` only, so that ``value=``, ``event=`` or ``extrema=`` never arrive. ``tx`` is
+    static: ``state.replace(tx=...)`` compiles the step again.
 
-        Example:
-          >>> import jax.numpy as jnp, optax
-          >>> from optax_structure.transforms._extra import takes_extra_args
-    from optax_structure import nn
-          >>> tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
-          >>> state = nn.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx)
-          >>> state = state.apply_gradients(grads={"w": jnp.ones(2)}, value=jnp.asarray(1.0))
-          >>> int(state.step), state.params["w"].tolist()
-          (1, [0.8999999761581421, 0.8999999761581421])
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_structure import nn
+      >>> tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+      >>> state = nn.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx)
+      >>> state = state.apply_gradients(grads={"w": jnp.ones(2)}, value=jnp.asarray(1.0))
+      >>> int(state.step), state.params["w"].tolist()
+      (1, [0.8999999761581421, 0.8999999761581421])
     """
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> TrainState:

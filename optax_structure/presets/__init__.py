@@ -6,6 +6,13 @@ their numbers, which are keyword arguments; ``None`` switches a part off. What n
 (``extrema=``, ``event=``, ``masks=``, ``value=``) does nothing when it is not passed. ``oxs.describe`` prints a preset,
 ``oxs.rates`` says what it does at any step.
 
+Epochs become updates through ``steps_per_epoch``, which the caller knows. At its default of 1 "epochs" are updates, and
+a preset is at its end after a few hundred of them. Such numbers fix what is computed, so ``optax.inject_hyperparams``
+takes a preset with its rate alone: ``inject_hyperparams(lambda rate: oxs.presets.basic(rate, labels))(1e-3)``.
+
+The levels, ``structure_net`` and ``extrema_focused`` have rules of single connections and number their births by
+themselves: between two of them inside ``optax.multi_transform`` a leaf cannot move.
+
 Labels say which rate a leaf has; those that a preset does not list have the factor 1.
 """
 

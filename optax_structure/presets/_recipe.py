@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,13 @@ import optax
 
 from optax_structure._tree import PyTree, align, is_function, is_traced
 from optax_structure.labels import LabelFn, Labels
-from optax_structure.transforms._connection import ConnectionRule
+from optax_structure.state.markers import RunClock
+from optax_structure.transforms._connection import CohortRule, ConnectionRule
 from optax_structure.transforms._extra import Rule, check_number, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import Factors, LeafGroup, Multiplier, multiplier
+from optax_structure.transforms.connection_rules import age_rule
 from optax_structure.transforms.connections import scale_by_connection
-from optax_structure.transforms.depth import scale_by_depth_profile
+from optax_structure.transforms.depth import scale_by_depth, scale_by_depth_bands, scale_by_depth_profile
 from optax_structure.transforms.events import scale_on_event
 from optax_structure.transforms.observe import ObserveState, second_moments
 from optax_structure.transforms.per_leaf import per_leaf
@@ -27,6 +29,7 @@ from optax_structure.transforms.scaling import scale_by_label
 Schedule = Callable[[Any], Any]
 Bounds = tuple[float, float] | None
 Preset = Any
+Made = TypeVar("Made")
 
 ADAM = per_leaf(optax.scale_by_adam())
 """The optimizer of every preset, unless ``inner=`` says another: Adam with one step count a leaf."""
@@ -105,7 +108,7 @@ def watched(
         updates, two = second.update(updates, state.inner_state[1], params, **extra_args | given)
         return updates, ObserveState(weight, (one, two))
 
-    return transformation(init_fn, update_fn, Rule("observe", {}, "4 B a leaf", (first, second)))
+    return transformation(init_fn, update_fn, Rule("second_moments", {}, "4 B a leaf", (first, second)))
 
 
 def shows(*parts: Callable[..., Parts]) -> Callable[[Preset], Preset]:
@@ -175,6 +178,16 @@ def listed(
     return every, (lambda params: known(labels(params))) if is_function(labels) else known(labels)
 
 
+def part(argument: str, value: Any, make: Callable[[Any], Made]) -> Made | None:
+    """``make(value)``, None where the value is None; what goes wrong is said to be the fault of the argument."""
+    if value is None:
+        return None
+    try:
+        return make(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument}={value!r} does not do: {error}") from error
+
+
 def rising(rate: float, steps: int) -> Schedule:
     """A warm-up whose first update is not lost: ``rate / steps`` at count 0, ``rate`` from ``steps - 1`` on."""
     return lambda count: rate * jnp.minimum((jnp.asarray(count, jnp.float32) + 1.0) / max(steps, 1), 1.0)
@@ -192,50 +205,85 @@ def check_epoch(steps_per_epoch: int) -> None:
         raise ValueError(f"steps_per_epoch={steps_per_epoch!r} must be an int >= 1: len(x_train) // batch_size.")
 
 
-def backoff_part(decay: float, floor: float, steps_per_epoch: int) -> Multiplier:
-    """``decay`` an epoch, never below ``floor``."""
-    check_number("backoff[0]", decay, high=1.0)
-    check_number("backoff[1]", floor, high=1.0)
-    schedule = optax.exponential_decay(1.0, steps_per_epoch, decay, end_value=floor)
-    return over_time("backoff", schedule, decay=decay, floor=floor, steps_per_epoch=steps_per_epoch)
+def backoff_part(backoff: tuple[float, float] | None, steps_per_epoch: int) -> Multiplier | None:
+    """A factor an epoch, and the floor of their product."""
+
+    def make(given: tuple[float, float]) -> Multiplier:
+        decay, floor = given
+        check_number("the factor", decay, high=1.0)
+        check_number("the floor", floor, high=1.0)
+        schedule = optax.exponential_decay(1.0, steps_per_epoch, decay, end_value=floor)
+        return over_time("backoff", schedule, decay=decay, floor=floor, steps_per_epoch=steps_per_epoch)
+
+    return part("backoff", backoff, make)
 
 
-def profile_part(first: float, last: float, depths: PyTree) -> Multiplier:
-    """From ``first`` at the input to ``last`` at the output."""
-    check_number("profile[0]", first)
-    check_number("profile[1]", last)
-    return scale_by_depth_profile(lambda x: first + (last - first) * x, depths)
+def profile_part(profile: tuple[float, float] | None, depths: PyTree | None) -> Multiplier | None:
+    """From the first number at the input to the second at the output."""
+
+    def make(given: tuple[float, float]) -> Multiplier:
+        first, last = given
+        return scale_by_depth_profile(lambda x: first + (last - first) * x, depths)
+
+    return part("profile", None if depths is None else profile, make)
+
+
+def bands_part(bands: tuple[float, float, float] | None, depths: PyTree | None) -> Multiplier | None:
+    """A factor for each third of the depths."""
+    return part(
+        "bands", bands if depths is not None else None, lambda given: scale_by_depth_bands(*given, depths=depths)
+    )
+
+
+def decay_part(depth_decay: float | None, depths: PyTree | None) -> Multiplier | None:
+    """The first layer at ``depth_decay`` of the last one's rate."""
+    return part(
+        "depth_decay", depth_decay if depths is not None else None, lambda decay: scale_by_depth(decay, depths=depths)
+    )
 
 
 def event_part(
     event: Mapping[str, float] | None, labels: Labels | LabelFn, *, recovery: float | None, steps_per_epoch: int
 ) -> Multiplier | None:
     """Factors by label at every event, at 0.1 in all and no less."""
-    if event is None:
+    steps = part("recovery", recovery, lambda epochs: max(in_steps("recovery", epochs, steps_per_epoch), 1))
+    damped = part("event", event, lambda event: scale_on_event(event, labels, min_scale=0.1, recovery=steps))
+    if damped is None:
         return None
-    steps = None if recovery is None else max(in_steps("recovery", recovery, steps_per_epoch), 1)
-    damped = scale_on_event(event, labels, min_scale=0.1, recovery=steps)
+    factors_of = damped.factors
 
     def factors(updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any) -> Any:
         # What an event did stays in force in the steps in which none is passed.
         happened = extra_args.pop("event", None)
-        return damped.factors(updates, state, params, event=False if happened is None else happened, **extra_args)
+        return factors_of(updates, state, params, event=False if happened is None else happened, **extra_args)
 
     return multiplier(damped.init, factors, damped.rule)
+
+
+def connections_age_part(connection_age: tuple[float, float] | None, steps_per_epoch: int) -> CohortRule | None:
+    """Rates that fall to 1/e with the age of a connection in so many epochs, down to a floor."""
+
+    def make(given: tuple[float, float]) -> CohortRule:
+        epochs, floor = given
+        check_number("the floor", floor, high=1.0)
+        steps = max(in_steps("the epochs", epochs, steps_per_epoch), 1)
+        return age_rule(optax.exponential_decay(1.0, steps, 1 / math.e, end_value=floor))
+
+    return part("connection_age", connection_age, make)
 
 
 def over_time(name: str, schedule: Schedule, **numbers: Any) -> Multiplier:
     """One factor for all leaves, of the number of updates so far."""
 
-    def init(params: optax.Params) -> optax.ScaleByScheduleState:
+    def init(params: optax.Params) -> RunClock:
         del params
-        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+        return RunClock(jnp.zeros((), jnp.int32))
 
-    def factors(updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any) -> Any:
+    def factors(updates: optax.Updates, state: RunClock, params: optax.Params | None = None, **extra_args: Any) -> Any:
         del params, extra_args
         now, places = schedule(state.count), tuple(range(len(jax.tree.leaves(updates))))
         group = LeafGroup(places, ([0.0] * len(places),), lambda _: now)
-        return Factors((group,)), optax.ScaleByScheduleState(optax.safe_increment(state.count))
+        return Factors((group,)), RunClock(jnp.asarray(optax.safe_increment(state.count)))
 
     return multiplier(init, factors, Rule(name, numbers, "4 B"))
 

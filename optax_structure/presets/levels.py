@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,14 +17,17 @@ from optax_structure.presets._recipe import (
     Parts,
     Schedule,
     backoff_part,
+    bands_part,
     by_label,
     check_epoch,
+    connections_age_part,
     event_part,
     if_given,
     in_steps,
     kernels,
     only,
     over_time,
+    part,
     profile_part,
     recipe,
     shows,
@@ -33,15 +35,15 @@ from optax_structure.presets._recipe import (
 )
 from optax_structure.schedules import soft_clamp
 from optax_structure.structure import Units
-from optax_structure.transforms._connection import optional_rule
+from optax_structure.transforms._connection import CohortRule, ElementRule, optional_rule
+from optax_structure.transforms._extra import check_number
+from optax_structure.transforms._multiplier import Multiplier
 from optax_structure.transforms.connection_rules import (
-    age_rule,
     birth_rule,
     extrema_rule,
     gradient_rule,
     strength_rule,
 )
-from optax_structure.transforms.depth import scale_by_depth_bands
 from optax_structure.transforms.phases import scale_by_extrema_phase, scale_by_loss_phase
 from optax_structure.transforms.scaling import scale_by_age, scale_by_density
 from optax_structure.transforms.trust_ratio import scale_by_masked_trust_ratio
@@ -63,25 +65,24 @@ def basic_parts(
     """What ``basic`` multiplies."""
     check_epoch(steps_per_epoch)
     epochs = functools.partial(in_steps, steps_per_epoch=steps_per_epoch)
-    further = {} if stages is None else {epochs("stages", epoch): factor for epoch, factor in stages.items()}
-    staged = optax.piecewise_constant_schedule(1.0, further)
-    settled = None if clamp is None else scale_by_age(soft_clamp(epochs("clamp[0]", clamp[0]), clamp[1]))
-    by_birth = (
-        None
-        if births is None
-        else birth_rule(tuple((epochs("births", epoch), factor) for epoch, factor in births), temporal_decay=0.0)
-    )
+
+    def staged(given: Mapping[float, float]) -> Multiplier:
+        further = {epochs("an epoch", epoch): factor for epoch, factor in given.items()}
+        named = {f"from_{step}": factor for step, factor in further.items()}
+        return over_time("stages", optax.piecewise_constant_schedule(1.0, further), **named)
+
+    def by_birth(given: tuple[tuple[float, float], ...]) -> CohortRule:
+        return birth_rule([(epochs("an epoch", epoch), factor) for epoch, factor in given], temporal_decay=0.0)
+
     return Parts(
         (
             by_label(rates, labels, warmup=warmup, steps_per_epoch=steps_per_epoch),
-            None if backoff is None else backoff_part(*backoff, steps_per_epoch),
-            None
-            if stages is None
-            else over_time("stages", staged, **{f"from_{step}": f for step, f in further.items()}),
-            None if bands is None or depths is None else scale_by_depth_bands(*bands, depths),
-            settled,
+            backoff_part(backoff, steps_per_epoch),
+            part("stages", stages, staged),
+            bands_part(bands, depths),
+            part("clamp", clamp, lambda c: scale_by_age(soft_clamp(epochs("the epochs", c[0]), c[1]))),
         ),
-        (by_birth,),
+        (part("births", births, by_birth),),
     )
 
 
@@ -97,15 +98,11 @@ def advanced_parts(
 ) -> Parts:
     """What ``advanced`` multiplies."""
     parts = basic_parts(labels, depths, steps_per_epoch, **of_basic)
-    ageing = None
-    if connection_age is not None:
-        steps = in_steps("connection_age[0]", connection_age[0], steps_per_epoch)
-        ageing = age_rule(optax.exponential_decay(1.0, max(steps, 1), 1 / math.e, end_value=connection_age[1]))
-    phase = None if extrema_phase is None else scale_by_extrema_phase(scales=extrema_phase)
+    phase = part("extrema_phase", extrema_phase, lambda scales: scale_by_extrema_phase(scales=scales))
     return parts.and_(
         None if phase is None else if_given("extrema", phase),
-        None if profile is None or depths is None else profile_part(*profile, depths),
-        rules=(ageing,),
+        profile_part(profile, depths),
+        rules=(connections_age_part(connection_age, steps_per_epoch),),
     )
 
 
@@ -124,15 +121,19 @@ def comprehensive_parts(
     """What ``comprehensive`` multiplies."""
     parts = advanced_parts(labels, depths, steps_per_epoch, warmup=warmup, **of_advanced)
     after = event_part(event, labels, recovery=recovery, steps_per_epoch=steps_per_epoch)
-    density = None if by_density is None else if_given("masks", scale_by_density(density_steps(*by_density)))
-    strong = None
-    if strength is not None:
-        strong = strength_rule(3.0, 0.1, strong_factor=strength[0], weak_factor=strength[1], relative_to="fan_in")
-    return parts.and_(after, density, rules=(strong,))
+    density = part("by_density", by_density, lambda factors: if_given("masks", scale_by_density(stepped(*factors))))
+
+    def strong(given: tuple[float, float]) -> ElementRule:
+        above, below = given
+        return strength_rule(3.0, 0.1, strong_factor=above, weak_factor=below, relative_to="fan_in")
+
+    return parts.and_(after, density, rules=(part("strength", strength, strong),))
 
 
-def density_steps(sparse: float, dense: float) -> Schedule:
+def stepped(sparse: float, dense: float) -> Schedule:
     """``sparse`` below a density of 2 %, ``dense`` above 10 %, 1 between."""
+    check_number("the factor of sparse leaves", sparse)
+    check_number("the factor of dense leaves", dense)
     return lambda density: jnp.where(density < 0.02, sparse, jnp.where(density > 0.1, dense, 1.0))
 
 
@@ -150,17 +151,24 @@ def ultimate_parts(
 ) -> Parts:
     """What ``ultimate`` multiplies."""
     parts = comprehensive_parts(labels, depths, steps_per_epoch, **of_comprehensive)
-    phase = None if loss_phase is None else if_given("value", scale_by_loss_phase(loss_phase, every=steps_per_epoch))
-    ratio = None
-    if trust is not None:
-        ratio = only(scale_by_masked_trust_ratio(trust_coefficient=trust[0], max_ratio=trust[1]), kernels)
-    steep = (
-        None
-        if gradient is None
-        else optional_rule(gradient_rule(1e-2, 1e-5, high_factor=gradient[0], low_factor=gradient[1]))
+    phase = part("loss_phase", loss_phase, lambda scales: scale_by_loss_phase(scales, every=steps_per_epoch))
+
+    def trusted(given: tuple[float, float]) -> Multiplier:
+        coefficient, cap = given
+        return only(scale_by_masked_trust_ratio(trust_coefficient=coefficient, max_ratio=cap), kernels)
+
+    def steep(given: tuple[float, float]) -> ElementRule:
+        large, small = given
+        return optional_rule(gradient_rule(1e-2, 1e-5, high_factor=large, low_factor=small))
+
+    def near(boost: float) -> ElementRule | None:
+        return None if units is None else optional_rule(extrema_rule(units, boost=boost))
+
+    return parts.and_(
+        None if phase is None else if_given("value", phase),
+        part("trust", trust, trusted),
+        rules=(part("gradient", gradient, steep), part("extrema_boost", extrema_boost, near)),
     )
-    near = None if extrema_boost is None or units is None else optional_rule(extrema_rule(units, boost=extrema_boost))
-    return parts.and_(phase, ratio, rules=(steep, near))
 
 
 @shows(basic_parts)

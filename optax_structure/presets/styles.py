@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import optax
@@ -15,18 +14,21 @@ from optax_structure.presets._recipe import (
     Parts,
     Schedule,
     backoff_part,
+    bands_part,
     by_label,
     check_epoch,
+    connections_age_part,
     event_part,
     if_given,
     in_steps,
+    part,
     profile_part,
     recipe,
 )
 from optax_structure.structure import Units
-from optax_structure.transforms._connection import optional_rule
-from optax_structure.transforms.connection_rules import age_rule, extrema_rule
-from optax_structure.transforms.depth import scale_by_depth_bands
+from optax_structure.transforms._connection import ElementRule, optional_rule
+from optax_structure.transforms._multiplier import Multiplier
+from optax_structure.transforms.connection_rules import extrema_rule
 from optax_structure.transforms.freezing import frozen_below, progressive_freezing
 from optax_structure.transforms.phases import scale_by_extrema_phase
 
@@ -83,8 +85,8 @@ def conservative(
     parts = Parts(
         (
             by_label(rates, labels, warmup=warmup, steps_per_epoch=steps_per_epoch),
-            None if backoff is None else backoff_part(*backoff, steps_per_epoch),
-            None if bands is None or depths is None else scale_by_depth_bands(*bands, depths),
+            backoff_part(backoff, steps_per_epoch),
+            bands_part(bands, depths),
             event_part(event, labels, recovery=recovery, steps_per_epoch=steps_per_epoch),
         )
     )
@@ -133,8 +135,8 @@ def aggressive(
     parts = Parts(
         (
             by_label(rates, labels, warmup=None, steps_per_epoch=steps_per_epoch),
-            None if backoff is None else backoff_part(*backoff, steps_per_epoch),
-            None if profile is None or depths is None else profile_part(*profile, depths),
+            backoff_part(backoff, steps_per_epoch),
+            profile_part(profile, depths),
         )
     )
     return recipe("aggressive", learning_rate, parts, bounds=bounds, inner=inner)
@@ -188,8 +190,8 @@ def balanced(
     parts = Parts(
         (
             by_label(rates, labels, warmup=warmup, steps_per_epoch=steps_per_epoch),
-            None if backoff is None else backoff_part(*backoff, steps_per_epoch),
-            None if bands is None or depths is None else scale_by_depth_bands(*bands, depths),
+            backoff_part(backoff, steps_per_epoch),
+            bands_part(bands, depths),
             event_part(event, labels, recovery=recovery, steps_per_epoch=steps_per_epoch),
         )
     )
@@ -245,22 +247,21 @@ def extrema_focused(
       [0.7, 1.4]
     """
     check_epoch(steps_per_epoch)
-    phase = ageing = near = None
-    if extrema_phase is not None:
-        explosive, steady = thresholds or (0.1, 0.01)
-        phase = if_given("extrema", scale_by_extrema_phase(explosive=explosive, steady=steady, scales=extrema_phase))
-    if connection_age is not None:
-        steps = max(in_steps("connection_age[0]", connection_age[0], steps_per_epoch), 1)
-        ageing = age_rule(optax.exponential_decay(1.0, steps, 1 / math.e, end_value=connection_age[1]))
-    if boost is not None and units is not None:
-        near = optional_rule(extrema_rule(units, boost=boost))
+    explosive, steady = thresholds or (0.1, 0.01)
+
+    def phased(scales: tuple[float, float, float]) -> Multiplier:
+        return if_given("extrema", scale_by_extrema_phase(explosive=explosive, steady=steady, scales=scales))
+
+    def near(boost: float) -> ElementRule | None:
+        return None if units is None else optional_rule(extrema_rule(units, boost=boost))
+
     parts = Parts(
         (
             by_label(rates, labels, warmup=None, steps_per_epoch=steps_per_epoch),
-            phase,
-            None if profile is None or depths is None else profile_part(*profile, depths),
+            part("extrema_phase", extrema_phase, phased),
+            profile_part(profile, depths),
         ),
-        (ageing, near),
+        (connections_age_part(connection_age, steps_per_epoch), part("boost", boost, near)),
     )
     return recipe("extrema_focused", learning_rate, parts, bounds=bounds, inner=inner)
 
@@ -307,10 +308,12 @@ def fine_tuning(
       {'body': 0.01, 'head': 1.0}
     """
     check_epoch(steps_per_epoch)
-    phased = None
-    if freezing is not None and depths is not None:
-        second, third = (in_steps("freezing", epoch, steps_per_epoch) for epoch in freezing)
+
+    def frozen(given: tuple[float, float]) -> Multiplier:
+        second, third = (in_steps("an epoch", epoch, steps_per_epoch) for epoch in given)
         phases = [(0, 1.0), (second, (0.01, 0.01, 0.1)), (third, frozen_below(-1, 0.1))]
-        phased = progressive_freezing(phases, depths)
+        return progressive_freezing(phases, depths)
+
+    phased = part("freezing", freezing if depths is not None else None, frozen)
     parts = Parts((by_label(rates, labels, warmup=warmup, steps_per_epoch=steps_per_epoch), phased))
     return recipe("fine_tuning", learning_rate, parts, bounds=bounds, inner=inner)

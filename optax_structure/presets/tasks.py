@@ -15,15 +15,18 @@ from optax_structure.presets._recipe import (
     Schedule,
     by_label,
     check_epoch,
+    decay_part,
     event_part,
     in_steps,
     labelled,
     listed,
     only,
+    part,
     recipe,
     rising,
 )
 from optax_structure.transforms._extra import check_number
+from optax_structure.transforms._multiplier import Multiplier
 from optax_structure.transforms.connection_rules import age_rule
 from optax_structure.transforms.depth import scale_by_depth
 from optax_structure.transforms.scaling import scale_by_label
@@ -42,14 +45,14 @@ def structure_net(
     bounds: Bounds = (0.01, 2.0),
     rates: Rates = {"scaffold": 0.35, "patch": 0.7, "pretrained": 0.1},  # noqa: B006  (never written to)
     warmup: float | None = 0.5,
-    connection_warmup: float | None = 0.5,
     depth_decay: float | None = 0.5,
     event: Rates = {"scaffold": 0.7, "pretrained": 0.7},  # noqa: B006
     recovery: float | None = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """For a sparse network that grows: whatever was added is faster, warms up, and damps the rest for a while.
 
-    Young leaves warm up by their label, young connections inside old leaves by their cohort.
+    The warm-up is that of connections from their birth, so it is had by new leaves, by new connections inside old ones,
+    and by the whole network at its start.
 
     Args:
       learning_rate: base rate >= 0, or a schedule.
@@ -59,8 +62,7 @@ def structure_net(
       inner: the optimizer without a learning rate.
       bounds: of the product.
       rates: label -> factor; labels not listed at 1.
-      warmup: epochs in which young leaves reach their rate.
-      connection_warmup: epochs in which a connection does.
+      warmup: epochs in which a connection reaches its rate.
       depth_decay: factor of the first layer against the last.
       event: label -> factor at every ``event=True``.
       recovery: epochs in which its effect falls to 1/e.
@@ -76,19 +78,16 @@ def structure_net(
       >>> params, labels = {"body": jnp.ones(2), "head": jnp.ones(2)}, {"body": "scaffold", "head": "new"}
       >>> tx = oxs.presets.structure_net(1e-3, labels, steps_per_epoch=8)
       >>> {path: round(float(rate), 4) for path, rate in oxs.rates(tx, tx.init(params), params).items()}
-      {'body': 0.0875, 'head': 0.0625}
+      {'body': 0.0875, 'head': 0.25}
     """
     check_epoch(steps_per_epoch)
-    young = None
-    if connection_warmup is not None:
-        young = age_rule(rising(1.0, in_steps("connection_warmup", connection_warmup, steps_per_epoch)))
     parts = Parts(
         (
-            by_label(rates, labels, warmup=warmup, steps_per_epoch=steps_per_epoch),
-            None if depth_decay is None or depths is None else scale_by_depth(depth_decay, depths),
+            by_label(rates, labels, warmup=None, steps_per_epoch=steps_per_epoch),
+            decay_part(depth_decay, depths),
             event_part(event, labels, recovery=recovery, steps_per_epoch=steps_per_epoch),
         ),
-        (young,),
+        (part("warmup", warmup, lambda w: age_rule(rising(1.0, in_steps("the epochs", w, steps_per_epoch)))),),
     )
     return recipe("structure_net", learning_rate, parts, bounds=bounds, inner=inner)
 
@@ -140,7 +139,7 @@ def transfer_learning(
     parts = Parts(
         (
             by_label(rates, labels, warmup=warmup, steps_per_epoch=steps_per_epoch),
-            None if depth_decay is None or depths is None else scale_by_depth(depth_decay, depths),
+            decay_part(depth_decay, depths),
         )
     )
     return recipe("transfer_learning", learning_rate, parts, bounds=bounds, inner=inner)
@@ -193,19 +192,17 @@ def continual_learning(
       {'body': 0.1, 'head': 1.0}
     """
     check_epoch(steps_per_epoch)
-    sinking = None
-    if strata_rates is not None:
-        geological, sediment, active = strata_rates
-        ages = (in_steps("strata_ages", epoch, steps_per_epoch) for epoch in strata_ages)
-        old, middle = ages
-        sinking = strata(
-            geological=geological, sediment=sediment, active=active, geological_age=old, sediment_age=middle
-        )
+
+    def sinking(given: tuple[float, float, float]) -> Multiplier:
+        geological, sediment, active = given
+        old, middle = (in_steps("strata_ages", epoch, steps_per_epoch) for epoch in strata_ages)
+        return strata(geological=geological, sediment=sediment, active=active, geological_age=old, sediment_age=middle)
+
     parts = Parts(
         (
             by_label(rates, labels, warmup=None, steps_per_epoch=steps_per_epoch),
-            sinking,
-            None if depth_decay is None or depths is None else scale_by_depth(depth_decay, depths),
+            part("strata_rates", strata_rates, sinking),
+            decay_part(depth_decay, depths),
             event_part(event, labels, recovery=None, steps_per_epoch=steps_per_epoch),
         )
     )
@@ -261,16 +258,20 @@ def combined(
     """
     check_epoch(steps_per_epoch)
     check_number("patches", patches)
-    scales: dict[str, float | Schedule] = {"patch": patches}
-    if age_decay is not None:
-        check_number("age_decay[0]", age_decay[0], high=1.0)
-        steps = max(in_steps("age_decay[1]", age_decay[1], steps_per_epoch), 1)
-        scales["scaffold"] = optax.exponential_decay(1.0, steps, age_decay[0], staircase=True)
-    if warmup is not None:
-        rise = rising(1.0, in_steps("warmup", warmup, steps_per_epoch))
-        scales |= {label: rise for label in ("new", "neck", "adapter")}
-    by_depth = None
-    if depth_decay is not None and depths is not None:
-        by_depth = only(scale_by_depth(depth_decay, depths, within=labels), labelled("scaffold", labels))
+
+    def ageing(given: tuple[float, float]) -> Schedule:
+        decay, epochs = given
+        check_number("the factor", decay, high=1.0)
+        steps = max(in_steps("the epochs", epochs, steps_per_epoch), 1)
+        return optax.exponential_decay(1.0, steps, decay, staircase=True)
+
+    rise = part("warmup", warmup, lambda w: rising(1.0, in_steps("the epochs", w, steps_per_epoch))) or 1.0
+    scales: dict[str, float | Schedule] = {"patch": patches, "scaffold": part("age_decay", age_decay, ageing) or 1.0}
+    scales |= {label: rise for label in ("new", "neck", "adapter")}
+    by_depth = part(
+        "depth_decay",
+        depth_decay if depths is not None else None,
+        lambda decay: only(scale_by_depth(decay, depths, within=labels), labelled("scaffold", labels)),
+    )
     parts = Parts((scale_by_label(*listed(scales, labels)), by_depth))
     return recipe("combined", learning_rate, parts, bounds=bounds, inner=inner)

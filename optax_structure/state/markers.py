@@ -28,6 +28,30 @@ class AgeClock(NamedTuple):
     serves_all_ages = True
 
 
+class EventClock(NamedTuple):
+    """Ages in growth events. A leaf is born *in* an event, which does not age it; its older neighbours it does.
+
+    Attributes:
+      count: int32 scalar, events so far.
+      since: int32 scalar a leaf, ``count`` at its birth; ``UNBORN`` until its first update, which may be of the event
+        that it was born in.
+    """
+
+    count: jax.Array
+    since: PyTree
+    serves_all_ages = True
+
+
+UNBORN = jnp.iinfo(jnp.int32).min
+
+
+class RunClock(NamedTuple):
+    """The clock of the whole run: int32 scalar, updates so far."""
+
+    count: jax.Array
+    serves_all_ages = True
+
+
 class LabelClock(NamedTuple):
     """Ages that start again when a leaf gets another label.
 

@@ -11,6 +11,7 @@ import optax
 
 from optax_structure._tree import Params
 from optax_structure.state.cohorts import ABSENT, Cohorts, admit
+from optax_structure.state.markers import UNBORN
 from optax_structure.structure import NOT_BORN
 
 
@@ -20,7 +21,8 @@ class Move(NamedTuple):
     Attributes:
       kind: ``fresh`` as initialised; ``keep`` the old array as it is; ``elements`` the old entries at their new places
         and fresh ones elsewhere; ``rows`` the same along one axis of a factored moment; ``since`` when a
-        leaf's age began; ``masks`` the new masks; ``cohort`` cohort ids at their new places.
+        leaf's age began; ``unborn`` that it has not; ``masks`` the new masks; ``cohort`` cohort ids at their new
+        places.
       old: index of the old array.
       path: the parameter's path.
       axis: for ``rows``, the parameter's axis that the array runs along.
@@ -30,7 +32,7 @@ class Move(NamedTuple):
       old_label, new_label: for ``since``, indices of the labels' codes in the old and new state, -1 without labels.
     """
 
-    kind: Literal["fresh", "keep", "elements", "rows", "since", "masks", "cohort"]
+    kind: Literal["fresh", "keep", "elements", "rows", "since", "unborn", "masks", "cohort"]
     old: int = -1
     path: str = ""
     axis: int = -1
@@ -138,6 +140,8 @@ def _move_one(op: Move, old: list[jax.Array], fresh: list[jax.Array], index: int
     new = fresh[index]
     if op.kind in ("fresh", "since"):
         return new
+    if op.kind == "unborn":
+        return jnp.full_like(new, UNBORN)
     if op.kind == "masks":
         return change.new_masks.get(op.path, new)
     value = old[op.old]
@@ -178,7 +182,7 @@ def _since(op: Move, values: list[jax.Array], old: list[jax.Array]) -> jax.Array
     now = values[op.new_count]
     if op.old < 0:
         return now
-    carried = now - (old[op.old_count] - old[op.old])
+    carried = jnp.where(old[op.old] == UNBORN, UNBORN, now - (old[op.old_count] - old[op.old]))
     if op.old_label < 0:
         return carried
     return jnp.where(old[op.old_label] == values[op.new_label], carried, now)

@@ -12,7 +12,7 @@ import optax
 
 from optax_structure._tree import is_traced
 from optax_structure.state.cohorts import Cohorts
-from optax_structure.state.markers import AgeClock, LabelClock, Masks, Positions
+from optax_structure.state.markers import AgeClock, EventClock, LabelClock, Masks, Positions, RunClock
 from optax_structure.state.moving import CohortPlan, Move
 from optax_structure.state.slots import Entry
 from optax_structure.structure import COMPONENTS
@@ -24,7 +24,7 @@ Mixed = Literal["error", "carry", "fresh"]
 _SECOND_MOMENTS = frozenset({"nu", "nu_max", "exp_avg_sq", "n"})
 _SECOND_MOMENTS_OF: dict[Any, set[str]] = {optax.FactoredState: {"v", "v_row", "v_col"}}
 
-_CLOCKS = (AgeClock, LabelClock)
+_CLOCKS = (AgeClock, EventClock, LabelClock)
 
 
 def _names(paths: Collection[str]) -> str:
@@ -83,6 +83,8 @@ class Plan:
             raise self._ambiguous(entry, alike)
         if exact or entry.kind is None:
             return exact
+        if entry.kind is RunClock:  # there is one run, so all of its clocks say the same
+            return self.loose.get((RunClock, entry.field, path), [])
         # Another wrapping (MultiSteps around it, inject_hyperparams ...): the innermost state still says what it is.
         loose = self.loose.get((entry.kind, entry.field, path), [])
         groups = {self.old[position].group for position in loose}
@@ -145,7 +147,7 @@ class Plan:
         """A leaf keeps its age on whatever clock it is now; a new leaf, or one with another label, is born now."""
         clock = _sibling(self.new, entry.instance, "count", entry.path)
         if position is None:
-            return Move("since", new_count=clock)
+            return Move("unborn") if entry.kind is EventClock else Move("since", new_count=clock)
         before = self.old[position]
         labels = (-1, -1)
         if entry.kind is LabelClock:

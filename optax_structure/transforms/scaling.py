@@ -16,7 +16,7 @@ import optax
 
 from optax_structure._tree import PyTree, align, is_function
 from optax_structure.labels import LabelFn, Labels
-from optax_structure.state.markers import AgeClock, LabelClock, first_clock
+from optax_structure.state.markers import UNBORN, AgeClock, EventClock, LabelClock, first_clock
 from optax_structure.transforms._extra import Rule, check_number, check_schedule, require
 from optax_structure.transforms._multiplier import Factors, LeafGroup, Multiplier, aged, every_leaf, multiplier
 from optax_structure.transforms.events import happened
@@ -106,7 +106,7 @@ def scale_by_age(schedule: Schedule, *, unit: Literal["steps", "events"] = "step
     A leaf's age is 0 at its first update. In steps it grows with every update; in events it grows by one with every
     update whose ``event=`` is true (a traced bool) or concerns any leaf (the distances of ``scale_on_event``), so that
     "ten times slower per growth phase" is ``age_decay(0.1)``. ``transfer_state`` carries ages over and starts new
-    leaves at 0.
+    leaves at 0; the event that a leaf was born in, which its first update may carry, does not age it.
 
     Args:
       schedule: age (int32 scalar) -> factor.
@@ -132,24 +132,35 @@ def scale_by_age(schedule: Schedule, *, unit: Literal["steps", "events"] = "step
     if unit not in ("steps", "events"):
         raise ValueError(f"unit={unit!r} must be 'steps' or 'events'.")
 
-    def factors_fn(
+    def in_steps(
+        updates: optax.Updates, state: AgeClock, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[Factors, AgeClock]:
+        del params, extra_args
+        factors = every_leaf(updates, state.since, of=aged(schedule, state.count))
+        return factors, state._replace(count=optax.safe_increment(state.count))
+
+    def in_events(
         updates: optax.Updates,
-        state: AgeClock,
+        state: EventClock,
         params: optax.Params | None = None,
         *,
         event: PyTree | None = None,
         **extra_args: Any,
-    ) -> tuple[Factors, AgeClock]:
+    ) -> tuple[Factors, EventClock]:
         del params, extra_args
-        if unit == "steps":
-            passed = jnp.ones((), jnp.int32)
-        else:
-            passed = happened(require(event, "event", "scale_by_age(unit='events')")).astype(jnp.int32)
-        factors = every_leaf(updates, state.since, of=aged(schedule, state.count))
-        return factors, state._replace(count=state.count + passed)
+        passed = happened(require(event, "event", "scale_by_age(unit='events')")).astype(jnp.int32)
+        after = state.count + passed
+
+        def of(since: jax.Array) -> Any:
+            return schedule(jnp.where(since == UNBORN, 0, state.count - since))
+
+        born = jax.tree.map(lambda since: jnp.where(since == UNBORN, after, since), state.since)
+        return every_leaf(updates, state.since, of=of), EventClock(after, born)
 
     rule = Rule("scale_by_age", {"schedule": schedule, "unit": unit}, "4 B a leaf")
-    return multiplier(first_clock, factors_fn, rule)
+    if unit == "steps":
+        return multiplier(first_clock, in_steps, rule)
+    return multiplier(lambda params: EventClock(*first_clock(params)), in_events, rule)
 
 
 def scale_by_density(fn: Callable[[jax.Array], jax.Array], *, per: Literal["leaf", "unit"] = "leaf") -> Multiplier:
