@@ -160,6 +160,15 @@ def test_events_come_at_their_steps(event: Any) -> None:
     assert result.opt_state[1]["event"].tolist() == [0, 1, 0, 0, 0, 1]
 
 
+def test_events_reach_what_multi_steps_wraps() -> None:
+    labels, options = {"w": "scaffold", "b": "new"}, {"warmup": None, "backoff": None, "event": {"scaffold": 0.5}}
+    preset = oxs.presets.conservative(0.1, labels, rates={"scaffold": 0.3}, **options)
+    result = quick(tx=optax.MultiSteps(preset, 2), event={2, 3}, restore_best=False)
+    found = oxs.rates(preset, result.opt_state.inner_opt_state, result.params)
+    # Of two micro-steps the last one's event counts, and the first one's does not: 0.3 is halved once.
+    assert [float(found[name]) for name in ("w", "b")] == pytest.approx([0.15, 1.0])
+
+
 def test_masks_come_with_every_update() -> None:
     masks = {"w": jnp.eye(INPUTS, CLASSES, dtype=bool), "b": True}
     result = quick(tx=Seen(("value", "masks")), masks=masks, restore_best=False)
@@ -204,6 +213,37 @@ def test_patience_stops_and_the_best_epoch_comes_back_whole() -> None:
 def test_a_callback_that_returns_true_stops() -> None:
     result = quick(epochs=5, callbacks=[lambda epoch, carry: epoch.epoch == 2])
     assert len(result.history) == 2 and result.stopped
+
+
+@pytest.mark.parametrize(
+    ("answer", "epochs"), [(np.bool_(True), 1), (jnp.array(True), 1), (np.bool_(False), 2), (1, 2), ([0], 2)]
+)
+def test_a_callback_may_answer_with_any_bool(answer: Any, epochs: int) -> None:
+    assert len(quick(callbacks=[lambda epoch, carry: answer]).history) == epochs
+
+
+@pytest.mark.parametrize("monitor", ["val_accuracy", "val_loss"])
+def test_a_monitor_that_is_not_finite_is_named_and_keeps_the_best(monitor: Any) -> None:
+    def blind(params: PyTree, x: jax.Array) -> jax.Array:  # NaN for the rows marked by 9, once the bias has moved
+        bad = (x[:, :1] == 9.0) & (jnp.abs(params["b"]).sum() > 0)
+        return jnp.where(bad, jnp.nan, apply(params, x))
+
+    marked = HELD[0].copy()
+    marked[-1, 0] = 9.0  # in the last, smaller batch
+    late = optax.masked(
+        optax.scale_by_schedule(lambda step: jnp.where(jnp.asarray(step) < 3, 0.0, 1.0)), {"w": False, "b": True}
+    )
+    words = rf"monitor='{monitor}' is nan after epoch 2 \(step 6\)\. .*epoch 1, the best"
+    with pytest.raises(FitNonFiniteLoss, match=words) as caught:
+        quick(blind, optax.chain(optax.sgd(0.1), late), validation=(marked, HELD[1]), monitor=monitor, epochs=4)
+    error = caught.value
+    assert error.step == 6 and error.result.best_epoch == 1 and len(error.result.history) == 2
+    assert not np.asarray(error.result.params["b"]).any()
+
+
+def test_a_monitor_that_never_was_finite_does_not_pass_for_a_training() -> None:
+    with pytest.raises(FitNonFiniteLoss, match=r"monitor='val_loss' is nan after epoch 1.*kept of the start"):
+        quick(validation=(np.full_like(HELD[0], np.nan), HELD[1]), monitor="val_loss")
 
 
 @pytest.mark.parametrize("bad_step", [2, 6])
@@ -308,6 +348,22 @@ def test_a_linen_model_without_state_takes_its_params_alone() -> None:
     assert_close(result.params["kernel"], plain().params["w"], 1e-6)
 
 
+@pytest.mark.parametrize("name", ["train", "training", "is_training"])
+def test_a_linen_model_is_told_that_it_is_trained(name: str) -> None:
+    seen: list[bool] = []
+    namespace: dict[str, Any] = {"linen": linen, "seen": seen, "CLASSES": CLASSES}
+    exec(
+        "class Told(linen.Module):\n"
+        "    @linen.compact\n"
+        f"    def __call__(self, x, {name}):\n"
+        f"        seen.append({name})\n"
+        "        return linen.Dense(CLASSES, name='head')(x)\n",
+        namespace,
+    )
+    quick(namespace["Told"](), params={"head": {"kernel": PARAMS["w"], "bias": PARAMS["b"]}}, epochs=1)
+    assert set(seen) == {True, False}
+
+
 def test_bfloat16_is_in_the_pass_alone() -> None:
     seen: set[Any] = set()
 
@@ -374,6 +430,8 @@ def test_digits_are_learned() -> None:
         ({"train": (X, Y[:9])}, r"train holds 50 rows of x and 9 of y"),
         ({"train": X}, r"train must be a pair of arrays \(x, y\), got ndarray"),
         ({"validation": (X[:0], Y[:0])}, r"validation holds no rows"),
+        ({"train": (X, Y + 1)}, r"train has the label 3, but the logits score 3 classes, 0 to 2"),
+        ({"validation": (X[:21], Y[:21] - 1)}, r"validation has the label -1, but the logits score 3 classes"),
         ({"validation": (X[:, :2], Y)}, r"validation has rows of shape \(2,\), train of \(6,\)"),
         ({"batch_size": 51}, r"batch_size=51 is above the 50 rows of train"),
         ({"batch_size": 0}, r"batch_size=0 must be a whole number"),
@@ -398,6 +456,13 @@ def test_digits_are_learned() -> None:
 def test_bad_arguments_are_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         quick(**changes)
+
+
+def test_another_loss_may_use_labels_that_are_no_classes() -> None:
+    def ignoring(logits: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(y < 0, 0.0, cross_entropy(logits, jnp.maximum(y, 0)))
+
+    assert len(quick(loss=ignoring, train=(X, np.where(Y == 2, -1, Y)), epochs=1).history) == 1
 
 
 def test_a_mesh_that_does_not_divide_the_batch_is_named() -> None:

@@ -122,6 +122,30 @@ def test_names_are_brought_together(tmp_path: Path, rename: Any) -> None:
     np.testing.assert_array_equal(loaded.params["hidden_1"]["kernel"], tensors["model.layers.1.weight"].T)
 
 
+def test_a_function_may_say_that_a_name_is_no_parameter(tmp_path: Path) -> None:
+    path = save_torch(tmp_path / "net.safetensors", {"body.weight": drawn(3, 2), "head.weight": drawn(9, 3)})
+    params = {"body": {"kernel": jnp.zeros((2, 3))}, "head": {"kernel": jnp.ones((3, 1))}}
+    loaded = load_params(path, params, rename=lambda name: None if name.startswith("head") else name)
+    assert loaded.matched == ["body/kernel"] and loaded.unexpected == ["head.weight"]
+    assert loaded.missing == ["head/kernel"]
+    with pytest.raises(ValueError, match="matches no parameter"):
+        load_params(path, params, rename=lambda name: None)
+
+
+def test_the_documented_cure_of_a_linear_behind_a_flattened_convolution(tmp_path: Path) -> None:
+    C, H, W = 2, 3, 4
+    weight, features = drawn(5, C * H * W), drawn(6, C, H, W)
+    path = save_torch(tmp_path / "net.safetensors", {"fc.weight": weight})
+    kernel = load_params(path, {"fc": {"kernel": jnp.zeros((H * W * C, 5))}}).params["fc"]["kernel"]
+    cure = [line.strip() for line in (load_params.__doc__ or "").splitlines() if line.strip().startswith("kernel = ")]
+    assert len(cure) == 2
+    names = {"kernel": np.asarray(kernel), "C": C, "H": H, "W": W}
+    exec("\n".join(cure), names)
+    # PyTorch flattens (C, H, W), Flax (H, W, C).
+    ours = np.transpose(features, (0, 2, 3, 1)).reshape(6, -1) @ names["kernel"]
+    np.testing.assert_allclose(ours, features.reshape(6, -1) @ weight.T, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [pytest.param("nnx", marks=pytest.mark.slow), "linen", "dict"])
 def test_orbax_round_trip(tmp_path: Path, kind: str) -> None:
     if kind == "nnx":

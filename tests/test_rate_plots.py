@@ -104,6 +104,25 @@ def test_counts_below_one_are_refused(name: str) -> None:
         trace_rates(warmed(), PARAMS, LABELS, **arguments)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(), lambda tx: optax.apply_if_finite(tx, 3)],
+    ids=["MultiSteps", "apply_if_finite"],
+)
+def test_a_multiplier_in_a_branch_is_named(wrap: Any) -> None:
+    inner = oxs.scale_by_label({"scaffold": 0.5, "new": 1.0}, LABELS)
+    tx = wrap(inner)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match=r"tx hides a multiplier in a branch.*MultiSteps.*inner_opt_state"):
+        rate_record(0, tx, state, PARAMS, LABELS)
+    with pytest.raises(ValueError, match=r"tx hides a multiplier in a branch"):
+        trace_rates(tx, PARAMS, LABELS, 2)
+    # What the message says to do.
+    within = getattr(state, "inner_opt_state", None) or state.inner_state
+    assert float(rate_record(0, inner, within, PARAMS, LABELS).spreads["scaffold"].mean) == 0.5
+    assert float(oxs.rates(tx, state, PARAMS)["body"]["bias"]) == 0.5
+
+
 def test_no_record_is_an_error() -> None:
     with pytest.raises(ValueError, match="records is empty"):
         RateTrace.of([])

@@ -21,13 +21,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax_structure._tree import Params, PyTree, align
 from optax_structure.extrema import ActivationStats, init_activation_stats
 from optax_structure.state import hyperparams_by_label
-from optax_structure.training.fit_checks import check_arguments, check_batches, check_counts, check_data, check_logits
-from optax_structure.training.fit_host import Event, chunk_lengths, happens, progress_bar, run_epoch
+from optax_structure.training.fit_checks import (
+    check_arguments,
+    check_batches,
+    check_classes,
+    check_counts,
+    check_data,
+    check_logits,
+)
+from optax_structure.training.fit_host import Event, chunk_lengths, happens, is_true, progress_bar, run_epoch
 from optax_structure.training.fit_model import Capture, Model, as_model
 from optax_structure.training.fit_step import Carry, Loss, Settings, cast_floats, make_chunk, make_evaluate
 from optax_structure.training.loop import NonFiniteLoss
 from optax_structure.training.step import CHUNK, batch_rows
 from optax_structure.transforms._extra import takes_extra_args
+
+CROSS_ENTROPY = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
 class Epoch(NamedTuple):
@@ -77,10 +86,10 @@ class FitResult(NamedTuple):
 
 
 class FitNonFiniteLoss(NonFiniteLoss):
-    """The loss became NaN or infinite.
+    """The loss, or what is monitored, became NaN or infinite.
 
     Attributes:
-      step: the update whose loss it was, from 1.
+      step: the update whose loss it was, from 1; of a monitor, the last update before the validation.
       result: ``FitResult`` of the best epoch until then (of the start, where none was finished).
     """
 
@@ -97,7 +106,7 @@ def fit(
     tx: optax.GradientTransformation,
     *,
     params: Params | None = None,
-    loss: Loss = optax.losses.softmax_cross_entropy_with_integer_labels,
+    loss: Loss = CROSS_ENTROPY,
     epochs: int = 10,
     batch_size: int = 128,
     seed: int = 0,
@@ -133,13 +142,15 @@ def fit(
       model_or_apply: an ``nnx.Module`` (its ``nnx.Param`` are trained; batch statistics, dropout keys and masks are
         carried along; called in training mode for steps and in evaluation mode for validation; itself only read), a
         ``linen.Module`` (the collections of ``params`` are carried along; the arguments ``train``, ``training``,
-        ``deterministic`` and ``use_running_average`` of its ``__call__`` are set where it has them; steps have a
-        ``"dropout"`` key), or a function ``apply(params, x) -> logits`` (without state; validation calls the same).
+        ``is_training``, ``deterministic`` and ``use_running_average`` of its ``__call__`` are set where it has them;
+        steps have a ``"dropout"`` key), or a function ``apply(params, x) -> logits`` (without state; validation calls
+        the same).
       train: ``(x, y)``, arrays of one length.
       validation: ``(x, y)`` likewise.
       tx: the transformation.
       params: Linen: what ``init`` returned, or its ``"params"``. Functions: any pytree. NNX: none.
-      loss: ``(logits, y)`` -> a value an example (then averaged) or their mean; logits arrive in float32.
+      loss: ``(logits, y)`` -> a value an example (then averaged) or their mean; logits arrive in float32. With the one
+        that stands here every label must be a class of the logits; another may take -1 for a row to ignore.
       epochs: at least 1.
       batch_size: rows a step, all micro-batches together.
       seed: of the order of rows, and of Linen's dropout.
@@ -155,22 +166,23 @@ def fit(
         module as it is: call ``model.train()`` before.
       bounded: layers whose activation is bounded, as in ``init_activation_stats``.
       event: ``event(step) -> bool``, or the steps at which ``event=True`` is given. Steps count from 0, as in
-        schedules.
+        schedules. ``optax.MultiSteps`` hands on those of the last micro-step of each of its steps, and drops others.
       compute_dtype: floating dtype of the forward and backward pass, such as ``jnp.bfloat16``: params and ``x`` are
         cast to it; params, loss, gradients' sums, model state and optimizer state keep theirs.
       accumulate: micro-batches a step: their mean gradient and mean loss make one update. Batch statistics are those of
         a micro-batch.
       mesh: data-parallel training: the batch is split over the mesh's first axis; params and data are on every device.
       progress: a progress bar, where rich is installed.
-      callbacks: each is called as ``callback(epoch, carry)`` after every epoch; one that returns ``True`` stops. The
-        arrays of ``carry`` live until it returns: copy what is kept.
+      callbacks: each is called as ``callback(epoch, carry)`` after every epoch; one that returns ``True`` (a Python,
+        NumPy or JAX bool) stops. The arrays of ``carry`` live until it returns: copy what is kept.
 
     Returns:
       ``FitResult``.
 
     Raises:
       ValueError: for arguments that do not fit each other, naming them.
-      FitNonFiniteLoss: when a step's loss is NaN or infinite; holds the best epoch until then.
+      FitNonFiniteLoss: when a step's loss, or what ``monitor`` names, is NaN or infinite (validation accuracy is
+        NaN where a logit is); holds the best epoch until then.
 
     Example:
       >>> import numpy as np, optax
@@ -194,7 +206,10 @@ def fit(
     settings = _settings(loss, accumulate, compute_dtype, seed, mesh)
     place = functools.partial(_place, sharding=settings.replicated)
     data, held = place(tuple(map(jnp.asarray, train))), place(tuple(map(jnp.asarray, validation)))
-    check_logits(_shape_of(model.evaluate, model, held[0], settings), held[1], monitor)
+    logits = _shape_of(model.evaluate, model, held[0], settings)
+    check_logits(logits, held[1], monitor)
+    if loss is CROSS_ENTROPY:  # to another loss, -1 may say to ignore the row
+        check_classes(logits, train, validation)
     extra = {} if masks is None else {"masks": place(align(masks, model.params, "masks"))}
     tx = takes_extra_args(tx)
     stats = None
@@ -212,6 +227,11 @@ def fit(
     lengths = chunk_lengths(per_epoch, steps_per_dispatch)
     history: list[Epoch] = []
     best, best_epoch, best_score, stopped = _copy(carry), 0, -math.inf, False
+
+    def failed(what: str, step: int) -> FitNonFiniteLoss:
+        result = _result(model, best, history, best_epoch, True)
+        return FitNonFiniteLoss(_not_finite(what, best_epoch), step, result)
+
     with progress_bar(progress, epochs * per_epoch, model.params) as show:
         for epoch in range(1, epochs + 1):
             begun = (epoch - 1) * per_epoch
@@ -219,8 +239,7 @@ def fit(
             carry, losses, accuracies = run_epoch(dispatch, carry, begun, lengths, functools.partial(show, validated))
             if not np.isfinite(losses).all():
                 bad = int(np.argmin(np.isfinite(losses)))
-                result = _result(model, best, history, best_epoch, True)
-                raise FitNonFiniteLoss(_not_finite(losses[bad], begun + bad + 1, best_epoch), begun + bad + 1, result)
+                raise failed(f"the loss is {losses[bad]} at step {begun + bad + 1}", begun + bad + 1)
             loss_now, accuracy_now = jax.device_get(evaluate(carry.params, carry.rest, *held))
             record = Epoch(
                 epoch,
@@ -233,11 +252,15 @@ def fit(
             )
             history.append(record)
             score = record.val_accuracy if monitor == "val_accuracy" else -record.val_loss
+            if not math.isfinite(score):
+                # Nothing is better or worse than this: patience and the best epoch would mean nothing.
+                what = f"monitor={monitor!r} is {abs(score)} after epoch {epoch} (step {record.step})"
+                raise failed(what, record.step)
             if score > best_score:
                 best, best_epoch, best_score = _copy(carry), epoch, score
             asked = [callback(record, carry) for callback in callbacks]
             stale = patience is not None and epoch - best_epoch >= patience
-            stopped = epoch < epochs and (stale or any(answer is True for answer in asked))
+            stopped = epoch < epochs and (stale or any(map(is_true, asked)))
             if stopped:
                 break
     return _result(model, best if restore_best else carry, history, best_epoch, stopped)
@@ -286,11 +309,11 @@ def _learning_rates(opt_state: optax.OptState) -> dict[str, float]:
     return {}
 
 
-def _not_finite(loss: Any, step: int, best_epoch: int) -> str:
+def _not_finite(what: str, best_epoch: int) -> str:
     kept = f"epoch {best_epoch}, the best until then," if best_epoch else "the start"
     return (
-        f"the loss is {loss} at step {step}. What is kept of {kept} is in the exception's .result. Try a smaller "
-        "learning rate, optax.clip_by_global_norm, or look for values in the data that are not finite."
+        f"{what}. What is kept of {kept} is in the exception's .result. Try a smaller learning rate, "
+        "optax.clip_by_global_norm, or look for values in the data that are not finite."
     )
 
 

@@ -125,6 +125,29 @@ def check_logits(logits: Any, y: jax.Array, monitor: str) -> None:
         )
 
 
+def check_classes(logits: Any, train: Any, validation: Any) -> None:
+    """Raise ``ValueError`` for labels that are no position along the last axis of the logits.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_structure.training.fit_checks import check_classes
+      >>> check_classes(jnp.ones((2, 3)), (jnp.ones((2, 4)), jnp.array([0, 3])), (jnp.ones((2, 4)), jnp.array([0, 1])))
+      Traceback (most recent call last):
+      ValueError: train has the label 3, but the logits score 3 classes, 0 to 2: widen the model, or renumber y.
+    """
+    classes = logits.shape[-1] if logits.ndim else 0
+    for name, (_, y) in {"train": train, "validation": validation}.items():
+        y = np.asarray(y)
+        if not np.issubdtype(y.dtype, np.integer):
+            continue
+        for label in (y.min(), y.max()):
+            if not 0 <= label < classes:
+                raise ValueError(
+                    f"{name} has the label {label}, but the logits score {classes} classes, 0 to {classes - 1}: "
+                    "widen the model, or renumber y."
+                )
+
+
 def _is_floating(dtype: Any) -> bool:
     try:
         return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))

@@ -89,6 +89,18 @@ def run_epoch(
     return carry, losses, accuracies
 
 
+def is_true(answer: Any) -> bool:
+    """Whether a callback's answer is a bool, of Python, NumPy or JAX, and true; what is no bool asks for nothing.
+
+    Example:
+      >>> import numpy as np
+      >>> from optax_structure.training.fit_host import is_true
+      >>> [is_true(answer) for answer in (True, np.float32(0.9) > 0.8, None, 1)]
+      [True, True, False, False]
+    """
+    return (isinstance(answer, bool) or getattr(answer, "dtype", None) == np.bool_) and bool(answer)
+
+
 @contextlib.contextmanager
 def progress_bar(wanted: bool, total: int, params: Params) -> Iterator[Callable[..., None]]:
     """A bar as that of the main job, moved by ``show(validation accuracy, step, losses, accuracies)``.

@@ -13,7 +13,7 @@ from optax_structure._tree import Params, PyTree
 
 Capture = Callable[..., Any]
 
-_MODES = {"train": True, "training": True, "deterministic": False, "use_running_average": False}
+_MODES = {"train": True, "training": True, "is_training": True, "deterministic": False, "use_running_average": False}
 """The arguments by which Linen modules are told that they are trained, and their value when they are."""
 
 

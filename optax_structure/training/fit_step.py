@@ -134,6 +134,8 @@ def make_chunk(model: Model, tx: optax.GradientTransformationExtraArgs, settings
 def make_evaluate(model: Model, settings: Settings, batch_size: int) -> jax.stages.Wrapped:
     """The jitted validation pass ``run(params, rest, x, y) -> (loss, accuracy)``: means over all rows, in batches.
 
+    The accuracy is NaN where a logit is.
+
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from optax_structure.training.fit_model import as_model
@@ -150,7 +152,9 @@ def make_evaluate(model: Model, settings: Settings, batch_size: int) -> jax.stag
             logits = model.evaluate(
                 cast_floats(params, settings.compute_dtype), rest, cast_floats(x, settings.compute_dtype)
             )
-            return _measure(logits, y, settings)
+            loss, accuracy = _measure(logits, y, settings)
+            # argmax takes NaN for the highest score: an accuracy of such logits would look like one.
+            return loss, jnp.where(jnp.isnan(logits).any(), jnp.nan, accuracy)
 
         whole = len(y) // batch_size
         means, weights = [], []

@@ -18,7 +18,7 @@ import numpy as np
 
 from optax_structure._tree import Params, leaves_by_path, map_with_path
 
-Rename = Mapping[str, str] | Callable[[str], str]
+Rename = Mapping[str, str] | Callable[[str], str | None]
 
 _OF_TORCH = {"weight": ("kernel", "scale", "embedding"), "running_mean": ("mean",), "running_var": ("var",)}
 """PyTorch's name of a tensor -> what Flax may call it."""
@@ -52,12 +52,20 @@ def load_params(path: str | Path, params: Params, *, rename: Rename | None = Non
     Two PyTorch layers store ``weight`` otherwise, and are not told apart by name: transposed convolutions, and the
     ``Conv1D`` of GPT-2, which is ``(in, out)`` already. Turn those yourself.
 
+    Turn a Linear behind a flattened convolution as well: its shape fits and its outputs are wrong. Its inputs come in
+    the order ``(channel, row, column)`` from PyTorch and ``(row, column, channel)`` in Flax, which no name says. With
+    ``C``, ``H`` and ``W`` of the convolution's output, the loaded kernel ``(C * H * W, out)`` is put right by::
+
+        kernel = kernel.reshape(C, H, W, -1).transpose(1, 2, 0, 3)
+        kernel = kernel.reshape(H * W * C, -1)
+
     Args:
       path: an Orbax checkpoint's folder (one item's, such as ``default`` in a step's folder of a
         ``CheckpointManager``), or a ``.safetensors`` file.
       params: what to fill: a dict, an ``nnx.State``, Linen params; ``jax.ShapeDtypeStruct`` leaves will do.
       rename: regexes and their replacements, applied in order with ``re.sub`` to ``/``-joined names, such as
-        ``{r"^params/": "", r"^encoder/(\\d+)/": r"hidden_\\1/"}``; or a function name -> path; or nothing.
+        ``{r"^params/": "", r"^encoder/(\\d+)/": r"hidden_\\1/"}``; or a function name -> path, or
+        ``None`` for no parameter; or nothing.
 
     Returns:
       ``Loaded``. Arrays have the dtype of the leaf that they replace.
@@ -129,7 +137,10 @@ def _target(name: str, rename: Rename | None, wanted: Mapping[str, Any]) -> str 
     """The path in params that a name in the file is, if any."""
     target = name.replace(".", "/")
     if callable(rename):
-        target = rename(target)
+        renamed = rename(target)
+        if renamed is None:
+            return None
+        target = renamed
     for pattern, replacement in rename.items() if isinstance(rename, Mapping) else ():
         try:
             target = re.sub(pattern, replacement, target)

@@ -6,10 +6,11 @@ matplotlib, everything else does not.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,8 +106,8 @@ def rate_record(
 
     Args:
       step: number of finished updates.
-      tx: the transformation. One that hides a multiplier in a branch (``optax.apply_if_finite``) cannot be compiled
-        here: see ``oxs.rates``.
+      tx: the transformation. One that hides a multiplier in a branch (``optax.MultiSteps``,
+        ``optax.apply_if_finite``) cannot be compiled: pass what it wraps, with its state.
       state: its state.
       params: the parameters.
       labels: tree of labels, or a function of params.
@@ -115,6 +116,9 @@ def rate_record(
 
     Returns:
       ``RateRecord``.
+
+    Raises:
+      ValueError: for a ``tx`` that hides a multiplier in a branch.
 
     Example:
       >>> import jax.numpy as jnp, optax_structure as oxs
@@ -130,7 +134,21 @@ def rate_record(
     """
     flat: Any = (labels,) if is_function(labels) else jax.tree.flatten(labels)
     key: tuple[Hashable, ...] = flat if is_function(labels) else (tuple(flat[0]), flat[1])
-    return RateRecord(step, _compiled(tx, key)(state, params, grads, extra_args))
+    with _named_branches():
+        return RateRecord(step, _compiled(tx, key)(state, params, grads, extra_args))
+
+
+@contextlib.contextmanager
+def _named_branches() -> Iterator[None]:
+    """Say of a multiplier that ran inside a compiled ``lax.cond``, whose rate cannot leave it, how to do without."""
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "tx hides a multiplier in a branch, as optax.MultiSteps and optax.apply_if_finite do, and its rates cannot "
+            "be compiled: pass the transformation that it wraps, and state.inner_opt_state (MultiSteps) or "
+            "state.inner_state (apply_if_finite); or call oxs.rates without jit."
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -162,7 +180,8 @@ def trace_rates(
     ``rate_record`` for that. One compiled ``lax.scan``.
 
     Args:
-      tx: the transformation.
+      tx: the transformation; of ``optax.MultiSteps`` or ``optax.apply_if_finite`` what it wraps, as in
+        ``rate_record``.
       params: parameters.
       labels: tree of labels, a prefix of it, or a function of params.
       steps: how many updates, >= 1.
@@ -176,7 +195,7 @@ def trace_rates(
       ``RateTrace``; a step's rates are those of the update that follows it.
 
     Raises:
-      ValueError: for ``steps`` or ``every`` below 1.
+      ValueError: for ``steps`` or ``every`` below 1, or a ``tx`` that hides a multiplier in a branch.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_structure as oxs
@@ -205,7 +224,8 @@ def trace_rates(
 
         return jax.lax.scan(record, state, jnp.arange(0, steps, every))[1]
 
-    spreads = jax.device_get(jax.jit(run)(params, made.init(params) if state is None else state))
+    with _named_branches():
+        spreads = jax.device_get(jax.jit(run)(params, made.init(params) if state is None else state))
     return _trace(np.arange(0, steps, every), spreads)
 
 

@@ -152,7 +152,8 @@ def rates(
     is left out, as is what an optimizer of optax's does to its update.
 
     One update is carried out and thrown away. For every step of a long run, wrap it: ``jax.jit(functools.partial(rates,
-    tx))``; then ``tx`` must not hide a multiplier in a branch (``optax.apply_if_finite``), which works without ``jit``.
+    tx))``; then ``tx`` must not hide a multiplier in a branch (``optax.apply_if_finite``, ``optax.MultiSteps``), which
+    works without ``jit``.
 
     Args:
       tx: any transformation.
