@@ -38,7 +38,7 @@ def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_str(path), *leaves), tree, *rest)
 
 
-def _children(tree: PyTree) -> tuple[dict[str, Any], Any]:
+def children(tree: PyTree) -> tuple[dict[str, Any], Any]:
     """The children of one node by name, and its one-level structure."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
     return {path_str(path): child for path, child in pairs}, treedef
@@ -83,15 +83,15 @@ def _align(tree: PyTree, like: Params, name: str, path: str) -> PyTree:
         if is_leaf(tree):
             return tree
         raise ValueError(f"{name} has a container at {path or 'its root'!r} where params have a leaf.")
-    children, treedef = _children(like)
+    parts, treedef = children(like)
     if is_leaf(tree):
-        return jax.tree.unflatten(treedef, [_align(tree, child, name, path) for child in children.values()])
+        return jax.tree.unflatten(treedef, [_align(tree, part, name, path) for part in parts.values()])
     # By name, not by position: a dict is sorted, an OrderedDict, a NamedTuple and a module are not.
-    others, _ = _children(tree)
-    if others.keys() != children.keys():
+    others, _ = children(tree)
+    if others.keys() != parts.keys():
         raise ValueError(
             f"{name} does not have the structure of params at {path or 'the root'!r}: "
-            f"params hold {list(children)}, {name} holds {list(others)}."
+            f"params hold {list(parts)}, {name} holds {list(others)}."
         )
-    parts = [_align(others[key], child, name, f"{path}/{key}".strip("/")) for key, child in children.items()]
-    return jax.tree.unflatten(treedef, parts)
+    mine = [_align(others[key], part, name, f"{path}/{key}".strip("/")) for key, part in parts.items()]
+    return jax.tree.unflatten(treedef, mine)

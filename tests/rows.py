@@ -227,6 +227,7 @@ ROWS = (
             ({"decay": -0.5}, r"decay=-0\.5"),
             ({"min_scale": 2.0}, r"min_scale=2\.0"),
             ({"protect": "middle"}, "protect='middle'"),
+            ({"depths": {"body": 0, "head": 1}}, "depths does not have the structure of params"),
             ({"depths": {"hidden": -1, "head": 0}}, r"depths.*-1"),
         ),
     ),
@@ -385,6 +386,7 @@ ROWS = (
         bad=(
             ({"profile": 0.5}, r"profile=0\.5"),
             ({"profile": lambda x: x - 1.0}, r"profile\(0\.0\)=-1\.0"),
+            ({"depths": {"body": 0, "head": 1}}, "depths does not have the structure of params"),
             ({"depths": {"hidden": -1, "head": 0}}, r"depths.*-1"),
         ),
     ),
@@ -398,6 +400,7 @@ ROWS = (
         bad=(
             ({"early": -1.0}, r"early=-1\.0"),
             ({"middle": float("nan")}, "middle=nan"),
+            ({"depths": {"body": 0, "head": 1}}, "depths does not have the structure of params"),
             ({"depths": {"hidden": -1, "head": 0}}, r"depths.*-1"),
         ),
     ),
@@ -424,6 +427,7 @@ ROWS = (
         frozen_where=labelled("scaffold"),
         bad=(
             ({"factors": {"scaffold": -1.0}}, r"factors\['scaffold'\]=-1\.0"),
+            ({"factors": {"scaffold": 1.5}}, r"factors\['scaffold'\]=1\.5 must lie in \[0\.0, 1\.0\]"),
             ({"factors": {}}, "factors={}"),
             ({"factors": [0.9]}, "labels are given, but factors are by distance"),
             ({"labels": None}, "labels are missing"),
@@ -506,6 +510,15 @@ ROWS = (
             ({"phases": [(1, 1.0)]}, r"phases start at \[1\]; the first must start at 0"),
             ({"phases": [(0, 1.0), (5, 0.5), (5, 0.1)]}, r"phases start at \[0, 5, 5\]"),
             ({"phases": [(0, 1.0, 2.0)]}, r"must be pairs \(start, scales\)"),
+            ({"phases": [(0, 1.0), (0.5, 0.1)]}, r"phases\[1\]\.start=0\.5 must be an int"),
+            ({"phases": [(0, "0.5")]}, r"phases\[0\]\.scales='0\.5' must be a number, a tuple of numbers"),
+            ({"phases": [(0, ("a", 1.0))]}, r"phases\[0\]\.scales=\('a', 1\.0\) must be a number"),
+            ({"phases": [(0, jnp.ones(2))]}, r"phases\[0\]\.scales=Array.* must be a number"),
+            (
+                {"phases": [(0, 1.0), (5, oxs.frozen_below(9))]},
+                r"phases\[1\]\.scales freezes all layers: .* depth is 1",
+            ),
+            ({"depths": {"hidden": 0.5, "head": 1}}, r"depths must be ints .* got 0\.5"),
             ({"phases": [(0, -1.0)]}, r"phases\[0\]\.scales=-1\.0"),
             ({"phases": [(0, (1.0, -0.5))]}, r"phases\[0\]\.scales=-0\.5"),
             ({"phases": [(0, ())]}, r"phases\[0\]\.scales=\(\) must not be empty"),

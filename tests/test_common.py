@@ -103,20 +103,20 @@ def test_names_bad_arguments(row: Row) -> None:
 
 
 @every_row
-def test_second_update_does_not_retrace(row: Row) -> None:
+def test_second_update_does_not_retrace_and_the_state_may_be_donated(row: Row) -> None:
     params = make_params()
     tx = row.around(base_optimizer(), params)
     traces = []
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=QUICK)
     def step(params: PyTree, state: Any, grads: PyTree, extra: dict[str, Any]) -> Any:
         traces.append(None)
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
-    state, extra = tx.init(params), row.extra(params)
+    state, extra, grads = tx.init(params), row.extra(make_params()), make_params()
     for _ in range(3):
-        params, state = step(params, state, params, extra)
+        params, state = step(params, state, grads, extra)
     assert len(traces) == 1
 
 
@@ -130,6 +130,18 @@ def test_state_keeps_structure_shapes_and_dtypes(row: Row) -> None:
         for before, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
             assert (jnp.shape(before), before.dtype) == (leaf.shape, leaf.dtype)
             assert jax.typeof(before).weak_type == leaf.weak_type
+
+
+@every_row
+def test_state_keeps_its_dtypes_where_64_bits_are_on(row: Row) -> None:
+    params = make_params()
+    with jax.enable_x64(True):
+        tx = row.alone(params)
+        state = tx.init(params)
+        _, after = jax.eval_shape(lambda state: tx.update(params, state, params, **row.extra(params)), state)
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, state)
+        assert jax.tree.map(lambda leaf: leaf.dtype, after) == dtypes
+        assert not {jnp.dtype("float64"), jnp.dtype("int64")} & set(jax.tree.leaves(dtypes))
 
 
 @every_row

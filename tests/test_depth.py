@@ -70,10 +70,33 @@ def test_depth_within_a_label_takes_prefixes_and_functions() -> None:
         assert factors(tx, params) == expected
 
 
-def test_labels_of_another_tree_are_named() -> None:
-    tx = oxs.scale_by_depth(0.5, 0, within={"other": "x"})
-    with pytest.raises(ValueError, match="within does not have the structure of params"):
-        tx.update(net(2), tx.init(net(2)))
+def test_trees_of_another_structure_are_named_at_init() -> None:
+    for tx in (
+        oxs.scale_by_depth(0.5, 0, within={"other": "x"}),
+        oxs.scale_by_depth_profile(lambda x: x, 0, within={"other": "x"}),
+    ):
+        with pytest.raises(ValueError, match="within does not have the structure of params"):
+            tx.init(net(2))
+    with pytest.raises(ValueError, match="depths does not have the structure of params"):
+        oxs.scale_by_depth_bands(lambda count: 1.0, 1.0, 1.0, depths(net(3))).init(net(2))
+
+
+def test_depths_are_known_before_the_program_runs() -> None:
+    concrete = jax.tree.map(jnp.asarray, depths(net(3)))
+    assert first(oxs.scale_by_depth(0.25, concrete), 3) == [0.25, 0.5, 1.0]
+    assert first(oxs.scale_by_depth_bands(2.0, 1.0, 0.5, concrete), 3) == [2.0, 1.0, 0.5]
+    makers = (
+        lambda of: oxs.scale_by_depth(0.5, of),
+        lambda of: oxs.scale_by_depth_profile(lambda x: x, of),
+        lambda of: oxs.progressive_freezing([(0, 1.0)], of),
+        lambda of: oxs.scale_by_connection(oxs.scale_rule(of)),
+    )
+    for make in makers:
+        for bad in (0.5, "1", np.arange(2)):
+            with pytest.raises(ValueError, match="depths must be ints that are known before the program runs, got "):
+                make({"layer_0": bad})
+        with pytest.raises(ValueError, match="depths must be ints that are known before the program runs, got "):
+            jax.jit(lambda of, make=make: make(of) and 0)(concrete)
 
 
 # By a profile.

@@ -53,9 +53,9 @@ def test_by_label_by_hand() -> None:
     assert out["c"] == [1.0] * 8  # a label without a factor
 
 
-def test_factors_above_one_and_of_zero() -> None:
-    out = history(oxs.scale_on_event({"scaffold": 2.0, "patch": 0.0}, LABELS), flags("xx"))
-    assert out["a"] == [2.0, 4.0] and out["b"] == [pytest.approx(0.01)] * 2
+def test_factors_of_zero() -> None:
+    out = history(oxs.scale_on_event({"scaffold": 1.0, "patch": 0.0}, LABELS), flags("xx"))
+    assert out["a"] == [1.0, 1.0] and out["b"] == [pytest.approx(0.01)] * 2
     assert history(oxs.scale_on_event({"patch": 0.0}, LABELS, min_scale=0.0), flags(".x"))["b"] == [1.0, 0.0]
 
 
@@ -65,9 +65,21 @@ def test_recovery_by_hand() -> None:
     second = 0.5 * (1 - 0.5 * keep**3)
     expected = [0.5, 1 - 0.5 * keep, 1 - 0.5 * keep**2, second, 1 - (1 - second) * keep]
     np.testing.assert_allclose(out["a"], expected, rtol=1e-6)
-    # A factor above 1 comes down to 1 as well.
-    out = history(oxs.scale_on_event({"scaffold": 3.0}, LABELS, recovery=2.0), flags("x.."))
-    np.testing.assert_allclose(out["a"], [3.0, 1 + 2 * keep, 1 + 2 * keep**2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("event", [0, 1, -1, 1.0, jnp.int32(0)])
+def test_a_number_is_no_bool(event: Any) -> None:
+    # 0 for "no event" would be read as the distance 0, which is one.
+    tx = oxs.scale_on_event({"scaffold": 0.5}, LABELS)
+    with pytest.raises(ValueError, match=r"scale_on_event got event=.*neither a bool nor a tree of distances"):
+        tx.update(PARAMS, tx.init(PARAMS), event=event)
+
+
+def test_a_leaf_alone_has_a_distance_alone() -> None:
+    # per_leaf hands on the distance of each leaf, which is a number.
+    tx = oxs.per_leaf(oxs.scale_on_event({"scaffold": 0.5}, "scaffold"))
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), event={"a": jnp.int32(0), "b": jnp.int32(-1), "c": jnp.int32(2)})
+    assert [float(update[0]) for update in updates.values()] == [0.5, 1.0, 0.5]
 
 
 # By distance.

@@ -83,6 +83,16 @@ def test_progressive_freezing_checks_depths_of_a_function_at_init() -> None:
         tx.init({name: jnp.ones(1) for name in "abc"})
 
 
+def test_a_phase_may_freeze_all_layers_when_it_says_so() -> None:
+    assert factors(oxs.progressive_freezing([(0, 0.0), (1, (0.0, 1.0))], 0), FOUR, 2).tolist() == [[0.0] * 4] * 2
+    with pytest.raises(ValueError, match=r"phases\[0\]\.scales freezes all layers: the last depth is 3"):
+        oxs.progressive_freezing([(0, oxs.frozen_below(4))], DEPTHS)
+    # A group of optax.partition may be frozen as a whole: the function sees this group alone.
+    groups = {"x": oxs.progressive_freezing([(0, oxs.frozen_below(2))], lambda params: DEPTHS), "y": optax.identity()}
+    tx = optax.partition(groups, {"a": "x", "b": "x", "c": "y", "d": "y"})
+    assert factors(tx, FOUR, 1).tolist() == [[0.0, 0.0, 1.0, 1.0]]
+
+
 def test_progressive_freezing_describes_its_phases() -> None:
     assert oxs.describe(oxs.progressive_freezing(ORIGINAL, DEPTHS)) == (
         "progressive_freezing(from_0=1.0, from_10=(0.01, 0.01, 0.1), from_30=frozen_below(depth=-1, scale=0.1)): 4 B"

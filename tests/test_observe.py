@@ -82,6 +82,7 @@ KEEPERS = {
         {"new": optax.chain(optax.adam(0.1), after), "scaffold": optax.chain(optax.adam(0.1), after)}, labels
     ),
     "finite": lambda after: optax.apply_if_finite(optax.chain(optax.scale_by_adam(), after), 3),
+    "freeze_labels": lambda after: optax.chain(oxs.freeze_labels(optax.adam(0.1), (), labels), after),
 }
 
 
@@ -172,6 +173,33 @@ def test_forms_of_params(form: str) -> None:
         np.testing.assert_allclose(leaf, 9.0, rtol=1e-4)
 
 
+def test_labels_may_be_a_prefix() -> None:
+    params = {"body": PARAMS, "top": {"head": jnp.ones((3, 2))}}
+    prefix = {"body": "first", "top": "second"}
+    full = {"body": {"kernel": "first", "bias": "first"}, "top": {"head": "second"}}
+    other = {"body": "first", "top": {"head": "second"}}
+    inner = {"first": optax.adam(0.1), "second": optax.rmsprop(0.1, decay=0.999)}
+    made = {
+        "outside": [optax.chain(optax.partition(inner, of), reveal("second_moment")) for of in (prefix, full, other)],
+        "inside": [
+            optax.partition(
+                {name: oxs.observe(optax.chain(tx, reveal("second_moment"))) for name, tx in inner.items()}, of
+            )
+            for of in (prefix, full)
+        ],
+        "frozen": [optax.chain(oxs.freeze_labels(inner["first"], (), prefix), reveal("second_moment"))],
+    }
+    grads = make_grads(params, STEPS)
+    expected = jax.tree.map(lambda g: running_mean(g, [0.999] * STEPS), grads)
+    txs = [*map(oxs.observe, made["outside"]), *made["inside"], *map(oxs.observe, made["frozen"])]
+    for updates in jax.jit(lambda p, g: [train(tx, p, g).updates for tx in txs])(params, grads):
+        assert_close(updates, expected, rtol=1e-4)
+    only = oxs.observe(optax.chain(oxs.freeze_labels(inner["first"], "second", prefix), reveal("second_moment")))
+    updates = seen(only, params, grads)
+    assert_close(updates["body"], expected["body"], rtol=1e-4)
+    np.testing.assert_array_equal(updates["top"]["head"], 0.0)
+
+
 def test_a_part_of_params_is_observed() -> None:
     adam = optax.chain(optax.scale_by_adam(), reveal("second_moment"))
     tx = optax.partition({"new": oxs.observe(adam), "scaffold": optax.set_to_zero()}, labels)
@@ -191,6 +219,19 @@ def test_rates_hears_of_a_rule_once() -> None:
     tx = oxs.observe(optax.chain(optax.scale_by_adam(), oxs.scale_by_label({"a": 0.5}, lambda p: "a"), optax.scale(-1)))
     rates = oxs.rates(tx, tx.init(PARAMS), PARAMS)
     assert {path: float(rate) for path, rate in leaves_by_path(rates).items()} == {"bias": 0.5, "kernel": 0.5}
+
+
+@pytest.mark.parametrize("wrapper", ["multi_steps", "apply_if_finite"])
+def test_branches_with_multipliers_may_be_observed(wrapper: str) -> None:
+    # Behind a branch, tracing for the moments alone would note factors of a program that is over.
+    by_label = oxs.scale_by_label({"a": 0.5}, lambda p: "a")
+    inner = optax.chain(optax.scale_by_adam(), by_label, oxs.scale_by_label({"a": 0.25}, lambda p: "a"))
+    tx = oxs.observe(multi_steps(inner) if wrapper == "multi_steps" else optax.apply_if_finite(inner, 3))
+    updates = seen(tx, PARAMS, jax.tree.map(lambda p: jnp.ones((2, *p.shape)), PARAMS))
+    np.testing.assert_allclose(updates["kernel"][-1], 0.125, rtol=1e-4)  # Adam makes 1 of a gradient of ones
+    if wrapper == "apply_if_finite":
+        rates = oxs.rates(tx, tx.init(PARAMS), PARAMS)
+        assert {path: float(rate) for path, rate in leaves_by_path(rates).items()} == {"bias": 0.125, "kernel": 0.125}
 
 
 def test_nothing_of_the_size_of_the_parameters_is_added() -> None:

@@ -227,6 +227,14 @@ def test_loss_phase_keeps_float32_statistics_of_bfloat16_losses() -> None:
     np.testing.assert_allclose(state.means[0], 1 + 0.0078125 * 127 / 255, rtol=1e-6)  # bfloat16 would stay at 1
 
 
+def test_loss_phase_keeps_its_state_where_64_bits_are_on() -> None:
+    with jax.enable_x64(True):
+        tx = oxs.scale_by_loss_phase(every=2, window=2)
+        factors, state = run(tx, value=np.array([1.0, 1.0, 0.5, 0.5]))  # lax.scan demands one form of state
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert factors.tolist() == [1.0] * 4
+
+
 # Both, where structure changes and in groups.
 
 

@@ -51,6 +51,15 @@ def test_an_update_of_zero_stays_zero() -> None:
     assert updates.tolist() == [0.0, 0.0]
 
 
+def test_what_is_not_finite() -> None:
+    tx = oxs.scale_by_masked_trust_ratio()
+    infinite, poisoned = (
+        tx.update(jnp.array([1.0, bad]), tx.init(jnp.ones(2)), jnp.ones(2))[0].tolist() for bad in (np.inf, np.nan)
+    )
+    assert infinite == [0.0, 0.0]
+    assert poisoned[0] == 1.0 and np.isnan(poisoned[1])
+
+
 def test_norms_are_over_living_connections() -> None:
     # Living: w = (3, 4), u = (6, 8). The dead entries would make |w| = 13 and |u| = 26.
     weights, update, mask = [12.0, 3.0, 4.0], [24.0, 6.0, 8.0], [False, True, True]

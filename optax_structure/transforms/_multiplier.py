@@ -164,6 +164,16 @@ def recording() -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """What runs inside is a computation aside, whose factors are not applied: ``rates`` must not hear of it."""
+    token = _recording.set(None)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+@contextlib.contextmanager
 def inside(path: str) -> Iterator[None]:
     """What runs inside sees the leaf at ``path`` as a tree of its own."""
     token = _inside.set(path)

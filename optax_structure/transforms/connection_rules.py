@@ -19,6 +19,7 @@ from optax_structure.structure import COMPONENTS, UnitAxis, Units
 from optax_structure.transforms._connection import CohortRule, CohortTable, ElementRule, Kernel
 from optax_structure.transforms._extra import check_number, check_schedule
 from optax_structure.transforms._multiplier import select
+from optax_structure.transforms.depth import checked_depths, third
 
 RelativeTo = Literal["one", "fan_in"]
 
@@ -239,16 +240,14 @@ def scale_rule(
     _check_relative_to(relative_to)
 
     def thirds(depths: PyTree) -> PyTree:
-        """0, 1 or 2 for every leaf; whole numbers, so that 1/3 and 2/3 are where they are."""
-        if any(depth < 0 for depth in jax.tree.leaves(depths)):
-            raise ValueError(f"depths must be >= 0, got {sorted(set(jax.tree.leaves(depths)))}.")
+        depths = checked_depths(depths)
         last = max(jax.tree.leaves(depths), default=0)
-        return jax.tree.map(lambda d: 1 if not last else 0 if 3 * d < last else 2 if 3 * d > 2 * last else 1, depths)
+        return jax.tree.map(lambda depth: third(depth, last), depths)
 
     def factors(kernel: Kernel) -> jax.Array:
-        strength, third = _strength(kernel, relative_to), kernel.said
-        faint = select((strength < weak) | (third == 2), fine, medium)
-        return select((strength > strong) & (third == 0), coarse, faint)
+        strength, where = _strength(kernel, relative_to), kernel.said
+        faint = select((strength < weak) | (where == 2), fine, medium)
+        return select((strength > strong) & (where == 0), coarse, faint)
 
     tree = (lambda params: thirds(depths(params))) if is_function(depths) else thirds(depths)
     return ElementRule("scale", factors, ("params",), tree)

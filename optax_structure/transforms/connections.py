@@ -74,6 +74,10 @@ def scale_by_connection(*rules: ConnectionRule) -> Multiplier:
     one without members is used again, or else the two oldest cohorts of one component become one. Absent connections
     get 0.
 
+    ``optax.MultiSteps`` updates what it holds with what is passed at the last of its small steps: inside it, a
+    ``masks_changed=`` that is true at another one is lost. So keep this outside,
+    ``optax.chain(optax.MultiSteps(inner, n), rates)``, or accumulate in the loop: ``fit(accumulate=n)``.
+
     Kernels (two axes or more) hold one byte a connection, whatever the rules; other leaves hold one cohort a leaf and
     have the factors of cohorts alone.
 

@@ -6,6 +6,7 @@ transform, as their relatives in ``scaling`` do.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_structure._tree import PyTree, _children, align, is_function, is_leaf
+from optax_structure._tree import PyTree, align, children, is_function, is_leaf
 from optax_structure.labels import LabelFn, Labels
 from optax_structure.state.markers import AgeClock, first_clock
 from optax_structure.transforms._extra import Rule, check_number
@@ -29,10 +30,30 @@ class Place(NamedTuple):
     last: int
 
 
-def _checked(depths: PyTree) -> PyTree:
-    if any(depth < 0 for depth in jax.tree.leaves(depths)):
-        raise ValueError(f"depths must be >= 0, got {sorted(set(jax.tree.leaves(depths)))}.")
-    return depths
+def checked_depths(depths: PyTree) -> PyTree:
+    """The depths as Python ints; ``ValueError`` for one that is none, is only known at run time, or is below 0."""
+    checked = jax.tree.map(_int, depths)
+    if any(depth < 0 for depth in jax.tree.leaves(checked)):
+        raise ValueError(f"depths must be >= 0, got {sorted(set(jax.tree.leaves(checked)))}.")
+    return checked
+
+
+def _int(depth: Any) -> int:
+    try:
+        return operator.index(depth)
+    except TypeError as error:
+        raise ValueError(
+            f"depths must be ints that are known before the program runs, got {depth!r}: make them outside of jax.jit, "
+            "as layer_depths does."
+        ) from error
+
+
+def third(depth: int, last: int) -> int:
+    """In which third of the depths ``0 .. last`` a layer is: 0, 1 or 2. The only layer is in the middle.
+
+    In whole numbers, so that 1/3 and 2/3 are where they are, which is in the middle too.
+    """
+    return 0 if 3 * depth < last else 2 if 3 * depth > 2 * last else 1
 
 
 def _pairs(depths: PyTree, labels: PyTree) -> set[tuple[str, int]]:
@@ -41,7 +62,7 @@ def _pairs(depths: PyTree, labels: PyTree) -> set[tuple[str, int]]:
         return {(label, depths) for label in jax.tree.leaves(labels)}
     if is_leaf(labels):
         return {(labels, depth) for depth in jax.tree.leaves(depths)}
-    inside, others = _children(depths)[0], _children(labels)[0]
+    inside, others = children(depths)[0], children(labels)[0]
     return {pair for name in inside.keys() & others.keys() for pair in _pairs(inside[name], others[name])}
 
 
@@ -50,10 +71,10 @@ def _placed(depths: PyTree, within: Labels | LabelFn | None) -> Callable[[optax.
 
     What is deepest is read from the whole tree where it is given as one: ``updates`` may be a part of it.
     """
-    whole = None if is_function(depths) else _checked(depths)
+    whole = None if is_function(depths) else checked_depths(depths)
 
     def places(updates: optax.Updates) -> list[Place]:
-        here = _checked(align(depths, updates, "depths"))
+        here = checked_depths(align(depths, updates, "depths"))
         leaves = jax.tree.leaves(here)
         if within is None:
             last = max(jax.tree.leaves(here if whole is None else whole), default=0)
@@ -65,6 +86,16 @@ def _placed(depths: PyTree, within: Labels | LabelFn | None) -> Callable[[optax.
         return [Place(ranks.index(depth), len(ranks) - 1) for depth, ranks in zip(leaves, mine, strict=True)]
 
     return places
+
+
+def _first(places: Callable[[optax.Updates], list[Place]]) -> Callable[[optax.Params], optax.EmptyState]:
+    """The ``init`` of what has no state."""
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        places(params)  # depths of another tree are named now
+        return optax.EmptyState()
+
+    return init_fn
 
 
 def scale_by_depth(
@@ -127,7 +158,7 @@ def scale_by_depth(
         return every_leaf(updates, distances, of=of), state
 
     numbers = {"decay": decay, "protect": protect, "min_scale": min_scale}
-    return multiplier(lambda params: optax.EmptyState(), factors_fn, Rule("scale_by_depth", numbers))
+    return multiplier(_first(places), factors_fn, Rule("scale_by_depth", numbers))
 
 
 def scale_by_depth_profile(
@@ -175,7 +206,7 @@ def scale_by_depth_profile(
         return every_leaf(updates, [values[x] for x in relative]), state
 
     rule = Rule("scale_by_depth_profile", {"profile": profile})
-    return multiplier(lambda params: optax.EmptyState(), factors_fn, rule)
+    return multiplier(_first(places), factors_fn, rule)
 
 
 def scale_by_depth_bands(
@@ -213,16 +244,17 @@ def scale_by_depth_bands(
     places = _placed(depths, None)
 
     def init_fn(params: optax.Params) -> AgeClock | optax.EmptyState:
+        places(params)  # as in _first
         return first_clock(params) if scheduled else optax.EmptyState()
 
     def factors_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[Factors, Any]:
         del params, extra_args
-        mine = [_band(place) for place in places(updates)]
+        mine = [third(*place) for place in places(updates)]
         groups = []
-        for name, scale in bands.items():
-            leaves = tuple(index for index, band in enumerate(mine) if band == name)
+        for band, scale in enumerate(bands.values()):
+            leaves = tuple(index for index, of in enumerate(mine) if of == band)
             if callable(scale):
                 since = jax.tree.leaves(state.since)
                 groups.append(LeafGroup(leaves, ([since[index] for index in leaves],), aged(scale, state.count)))
@@ -232,9 +264,3 @@ def scale_by_depth_bands(
         return Factors(tuple(groups)), after
 
     return multiplier(init_fn, factors_fn, Rule("scale_by_depth_bands", bands, "4 B a leaf" if scheduled else ""))
-
-
-def _band(place: Place) -> str:
-    if 3 * place.depth < place.last:
-        return "early"
-    return "late" if 3 * place.depth > 2 * place.last else "middle"

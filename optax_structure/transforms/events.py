@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_structure._tree import Params, PyTree, align, leaves_by_path, map_with_path
+from optax_structure._tree import Params, PyTree, align, is_leaf, leaves_by_path, map_with_path
 from optax_structure.labels import LabelFn, Labels
 from optax_structure.structure import NOT_BORN, Growth, Units, kernel_links
 from optax_structure.transforms._extra import Rule, check_number, require
@@ -23,6 +23,20 @@ def happened(event: PyTree) -> jax.Array:
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(event)]
     flags = [leaf if leaf.dtype == jnp.bool_ else leaf >= 0 for leaf in leaves]
     return jnp.any(jnp.stack(flags)) if flags else jnp.zeros((), bool)
+
+
+def required_event(event: PyTree | None, updates: optax.Updates, transform: str) -> PyTree:
+    """``event=`` for those that ask only whether there was one; an error where it is missing or cannot tell.
+
+    A number alone is refused: 0 would be read as a distance, and so as an event.
+    """
+    event = require(event, "event", transform)
+    if is_leaf(event) and not is_leaf(updates) and jnp.result_type(event) != jnp.bool_:
+        raise ValueError(
+            f"{transform} got event={event!r}, which is neither a bool nor a tree of distances: pass "
+            "event=jnp.asarray(True) or False, or growth_distances(growth)."
+        )
+    return event
 
 
 class ScaleOnEventState(NamedTuple):
@@ -59,6 +73,10 @@ def scale_on_event(
     ``event=`` holds traced values: pass one form at every step, ``jnp.asarray(False)`` or a tree of -1 where nothing
     happened, and nothing is traced again. The event belongs to the first update of the grown network.
 
+    ``optax.MultiSteps`` updates what it holds with what is passed at the last of its small steps: inside it, an event
+    that is passed at another one is lost. So keep this outside, ``optax.chain(optax.MultiSteps(inner, n), rates)``, or
+    accumulate in the loop: ``fit(accumulate=n)``.
+
     ``transfer_state`` carries the factors of leaves that exist and starts new leaves at 1, so a fresh part is slowed
     only where its own distance (0) or label is concerned, as that of a leaf which grew. Relabelling changes which
     factor the next event has, not what earlier ones left; ``transfer_state(restart=...)`` sets leaves back to 1.
@@ -66,7 +84,8 @@ def scale_on_event(
     In the original the grown and the adjacent layer are found by their names, and nothing is remembered or floored.
 
     Args:
-      factors: label -> factor, or the factors of distance 0, 1, ...; all >= 0.
+      factors: label -> factor, or the factors of distance 0, 1, ...; all in [0, 1]: above 1 a rate would grow with
+        every event, without a bound.
       labels: for factors by label only: tree of labels with the structure of params, a prefix, or a function of params.
       min_scale: floor of what the events leave, in [0, 1].
       recovery: time constant in updates, > 0; None: no recovery.
@@ -76,7 +95,7 @@ def scale_on_event(
 
     Raises:
       ValueError: for numbers out of range, no factors, labels missing or given in vain; in ``update`` for a missing
-        ``event=``, and for a bool where distances are needed.
+        ``event=``, for a bool where distances are needed, and for a number where a bool is.
 
     Example:
       >>> import jax.numpy as jnp, optax_structure as oxs
@@ -97,7 +116,7 @@ def scale_on_event(
     if by_label and labels is None:
         raise ValueError("labels are missing: factors by label need scale_on_event(factors, labels).")
     for name, factor in [*by_label.items(), *enumerate(by_distance)]:
-        check_number(f"factors[{name!r}]", factor)
+        check_number(f"factors[{name!r}]", factor, high=1.0)
     check_number("min_scale", min_scale, high=1.0)
     if recovery is not None:
         check_number("recovery", recovery, low=math.ulp(0.0))
@@ -134,9 +153,13 @@ def scale_on_event(
         **extra_args: Any,
     ) -> tuple[Factors, ScaleOnEventState]:
         del params, extra_args
-        event = require(event, "event", "scale_on_event")
+        if by_label:
+            event = required_event(event, updates, "scale_on_event")
+            scales = of_labels(updates)
+        else:
+            event = require(event, "event", "scale_on_event")
+            scales = jax.tree.map(of_distance, align(event, updates, "event"))
         flag = happened(event)
-        scales = of_labels(updates) if by_label else jax.tree.map(of_distance, align(event, updates, "event"))
 
         def after_event(state: ScaleOnEventState) -> ScaleOnEventState:
             def left(factor: jax.Array, scale: Any) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_structure._tree import Params, PyTree, align, is_function
+from optax_structure._tree import Params, PyTree, align, is_function, is_traced
 from optax_structure.labels import LabelFn, Labels
 from optax_structure.transforms._extra import Described, Rule, check_number, transformation
 from optax_structure.transforms._multiplier import Factors, Multiplier, every_leaf, multiplier
+from optax_structure.transforms.depth import checked_depths
 
 DepthScales = float | Sequence[float] | Callable[[int, int], float]
 """Factor of a layer: one for all; by depth, the last one for all deeper ones; or ``(depth, last depth) -> factor``."""
@@ -37,7 +39,8 @@ def frozen_below(depth: int, scale: float = 1.0) -> Callable[[int, int], float]:
     """Freeze the layers below a depth: scales for a ``FreezePhase``.
 
     Args:
-      depth: the first layer that learns; counted from the end where negative: -1 is the last layer alone.
+      depth: the first layer that learns; counted from the end where negative: -1 is the last layer alone. Beyond the
+        last depth nothing learns, which ``progressive_freezing`` refuses where it knows the whole tree.
       scale: factor >= 0 of the layers that learn.
 
     Returns:
@@ -60,22 +63,31 @@ def _checked_phases(phases: Sequence[FreezePhase | tuple[int, DepthScales]]) -> 
         raise ValueError(f"phases={phases!r} must be pairs (start, scales).")
     checked = tuple(FreezePhase(*phase) for phase in phases)
     starts = [phase.start for phase in checked]
+    for index, start in enumerate(starts):
+        if not isinstance(start, int | np.integer):
+            raise ValueError(f"phases[{index}].start={start!r} must be an int, counted in updates.")
     if not starts or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
         raise ValueError(f"phases start at {starts}; the first must start at 0 and each later than the one before.")
     for index, (_, scales) in enumerate(checked):
         if isinstance(scales, Sequence) and not scales:
             raise ValueError(f"phases[{index}].scales={scales!r} must not be empty.")
-        numbers = () if callable(scales) else scales if isinstance(scales, Sequence) else (scales,)
-        for number in numbers:
+        given = () if callable(scales) else scales if isinstance(scales, Sequence) else (scales,)
+        if isinstance(scales, str) or not all(map(_is_number, given)):
+            raise ValueError(
+                f"phases[{index}].scales={scales!r} must be a number, a tuple of numbers by depth, or a function "
+                "(depth, last depth) -> number."
+            )
+        for number in given:
             check_number(f"phases[{index}].scales", number)
     return checked
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, jax.Array | np.ndarray | np.generic) and value.ndim == 0)
+
+
 def _last_depth(depths: PyTree) -> int:
-    leaves = jax.tree.leaves(depths)
-    if any(depth < 0 for depth in leaves):
-        raise ValueError(f"depths must be >= 0, got {sorted(set(leaves))}.")
-    return max(leaves, default=0)
+    return max(jax.tree.leaves(depths), default=0)
 
 
 def _row(scales: DepthScales, last: int) -> list[float]:
@@ -99,10 +111,17 @@ def _by_depth(
     def table(last: int) -> list[list[float]]:
         return [_row(phase.scales, last) for phase in checked]
 
-    whole = None if is_function(depths) else table(_last_depth(depths))
+    whole = None if is_function(depths) else table(_last_depth(checked_depths(depths)))
+    for index, row in enumerate(whole or ()):
+        # By a number or a tuple it may be meant; a function that no layer passes was made for a deeper network.
+        if callable(checked[index].scales) and not any(is_traced(scale) or scale for scale in row):
+            raise ValueError(
+                f"phases[{index}].scales freezes all layers: the last depth is {len(row) - 1}. For a phase in which "
+                "nothing learns pass 0.0."
+            )
 
     def read(params: Params) -> tuple[PyTree, list[list[float]]]:
-        here = align(depths, params, "depths")
+        here = checked_depths(align(depths, params, "depths"))
         return here, table(_last_depth(here)) if whole is None else whole
 
     return checked, read
@@ -141,7 +160,8 @@ def progressive_freezing(phases: Sequence[FreezePhase | tuple[int, DepthScales]]
       A transformation whose state is one int32 scalar.
 
     Raises:
-      ValueError: for starts out of order, a negative factor or depth, and a sequence of no factors.
+      ValueError: for starts that are no ints or out of order, factors that are no numbers or negative, depths that are
+        no ints or negative, and, where depths are a tree, for a function of depth by which no layer learns.
 
     Example:
       >>> import jax.numpy as jnp, optax_structure as oxs

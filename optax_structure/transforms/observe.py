@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from optax_structure._tree import PyTree
+from optax_structure._tree import PyTree, is_leaf
 from optax_structure.transforms._extra import Rule, takes_extra_args, transformation
-from optax_structure.transforms._multiplier import recording
+from optax_structure.transforms._multiplier import unrecorded
 
 
 class ObserveState(NamedTuple):
@@ -36,24 +36,39 @@ def _second_moments(state: optax.OptState, updates: optax.Updates) -> list[int |
     """For every leaf of ``updates``, which leaf of ``state`` is its second moment: the first ``nu`` of its shape."""
     leaves, treedef = jax.tree.flatten(state)
     numbered = jax.tree.unflatten(treedef, range(len(leaves)))
-    seen, params_def = jax.tree.flatten(updates, is_leaf=_is_masked)
+    seen = jax.tree.leaves(updates)
     found: list[int | None] = [None] * len(seen)
 
     def walk(node: Any) -> None:
         if isinstance(node, tuple) and "nu" in getattr(node, "_fields", ()):
-            # A group of optax.partition has MaskedNode in place of the leaves of the other groups.
-            moments, moments_def = jax.tree.flatten(node.nu, is_leaf=_is_masked)  # pyright: ignore[reportAttributeAccessIssue]
-            if moments_def == params_def:
-                for place, (moment, update) in enumerate(zip(moments, seen, strict=True)):
-                    mine = not (_is_masked(moment) or _is_masked(update)) and found[place] is None
-                    if mine and jnp.shape(leaves[moment]) == jnp.shape(update):
-                        found[place] = moment
+            moments = _leaf_by_leaf(node.nu, updates)  # pyright: ignore[reportAttributeAccessIssue]
+            for place, (moment, update) in enumerate(zip(moments, seen, strict=True)):
+                if moment is not None and found[place] is None and jnp.shape(leaves[moment]) == jnp.shape(update):
+                    found[place] = moment
         for child in jax.tree.leaves(node, is_leaf=lambda child: child is not node):
             if child is not node:
                 walk(child)
 
     walk(numbered)
-    return [number for number, update in zip(found, seen, strict=True) if not _is_masked(update)]
+    return found
+
+
+def _leaf_by_leaf(moments: PyTree, updates: optax.Updates) -> list[int | None]:
+    """For every leaf of ``updates`` its part of ``moments``; None where these have none.
+
+    A group of ``optax.partition`` has ``MaskedNode`` in place of the leaves of the other groups, and, where a label is
+    the prefix of a whole branch, in place of the branch.
+    """
+    nodes, treedef = jax.tree.flatten(moments, is_leaf=_is_masked)
+    try:
+        parts = treedef.flatten_up_to(updates)
+    except ValueError:  # moments of something else
+        return [None] * len(jax.tree.leaves(updates))
+    found: list[int | None] = []
+    for node, part in zip(nodes, parts, strict=True):
+        mine = is_leaf(part) and not _is_masked(node)
+        found += [node if mine else None] * len(jax.tree.leaves(part))
+    return found
 
 
 def observe(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -134,7 +149,7 @@ def second_moments(
 
     values = jax.tree.leaves(state.inner_state)
     before = [values[place] for place in held]
-    with recording():  # what is multiplied here is not applied, so `rates` must not hear of it
+    with unrecorded():
         stated = _needed(jax.make_jaxpr(moments_after)(before))
     after, slopes = jax.jvp(stated, tuple(before), tuple(jnp.ones_like(moment) for moment in before))
     learnt = dict(zip(held, zip(after, map(_first, slopes), strict=True), strict=True))

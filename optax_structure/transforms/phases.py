@@ -305,9 +305,15 @@ def scale_by_loss_phase(
 
     def init_fn(params: optax.Params) -> LossPhaseState:
         del params
-        zero = jnp.zeros((), jnp.int32)
-        history = jnp.zeros((window, 3), jnp.float32)
-        return LossPhaseState(zero, zero, zero, history[0], history, jnp.asarray(-1.0, jnp.float32))
+        # An array for each: a step that donates the state may not be given one buffer twice.
+        return LossPhaseState(
+            phase=jnp.zeros((), jnp.int32),
+            updates=jnp.zeros((), jnp.int32),
+            observations=jnp.zeros((), jnp.int32),
+            means=jnp.zeros(3, jnp.float32),
+            history=jnp.zeros((window, 3), jnp.float32),
+            extrema_share=jnp.asarray(-1.0, jnp.float32),
+        )
 
     def factors_fn(
         updates: optax.Updates,
@@ -321,7 +327,7 @@ def scale_by_loss_phase(
     ) -> tuple[Factors, LossPhaseState]:
         del params, extra_args
         loss = jnp.reshape(jnp.asarray(require(value, "value", "scale_by_loss_phase"), jnp.float32), ())
-        norm = jnp.zeros(()) if grads is None else _norm(grads)
+        norm = jnp.zeros((), jnp.float32) if grads is None else _norm(grads)
         reading = jnp.stack([loss, norm, norm**2])
         finite = jnp.all(jnp.isfinite(reading))
         count = state.updates + finite

@@ -19,7 +19,7 @@ from optax_structure.labels import LabelFn, Labels
 from optax_structure.state.markers import UNBORN, AgeClock, EventClock, LabelClock, first_clock
 from optax_structure.transforms._extra import Rule, check_number, check_schedule, require
 from optax_structure.transforms._multiplier import Factors, LeafGroup, Multiplier, aged, every_leaf, multiplier
-from optax_structure.transforms.events import happened
+from optax_structure.transforms.events import happened, required_event
 
 Schedule = Callable[[Any], Any]
 
@@ -148,7 +148,7 @@ def scale_by_age(schedule: Schedule, *, unit: Literal["steps", "events"] = "step
         **extra_args: Any,
     ) -> tuple[Factors, EventClock]:
         del params, extra_args
-        passed = happened(require(event, "event", "scale_by_age(unit='events')")).astype(jnp.int32)
+        passed = happened(required_event(event, updates, "scale_by_age(unit='events')")).astype(jnp.int32)
         after = state.count + passed
 
         def of(since: jax.Array) -> Any:

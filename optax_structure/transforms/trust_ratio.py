@@ -29,6 +29,9 @@ def scale_by_masked_trust_ratio(
     would hardly learn. Keep such leaves out, as LARS and LAMB do:
     ``optax.masked(scale_by_masked_trust_ratio(), lambda params: jax.tree.map(lambda p: p.ndim > 1, params))``.
 
+    An update with an infinite entry (or one above 1.8e19, whose square is) has an infinite norm and so the ratio 0: the
+    leaf does not move in that step. One with a NaN has the ratio 1 and stays NaN: ``optax.apply_if_finite`` skips it.
+
     The original's ratio is ``min(trust_coefficient * |w| / (|g| + eps), base_rate)``, a rate and no multiplier: pass
     ``trust_coefficient / base_rate`` and ``max_ratio=1``. It stops a leaf whose weights are all 0; this one does not.
 
