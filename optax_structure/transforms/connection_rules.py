@@ -7,6 +7,7 @@ with the update. All are factors on one base rate.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -142,10 +143,11 @@ def _check_relative_to(relative_to: str) -> None:
         raise ValueError(f"relative_to={relative_to!r} must be 'one' or 'fan_in'.")
 
 
-def _strength(kernel: Kernel, relative_to: RelativeTo) -> jax.Array:
+def _strength(kernel: Kernel, relative_to: RelativeTo) -> tuple[jax.Array, float]:
+    """``|w|``, and the unit in which the thresholds are: to scale two numbers costs less than every weight."""
     assert kernel.weights is not None  # the rules that come here read params
-    size = jnp.abs(kernel.weights.astype(jnp.float32))
-    return size * math.sqrt(math.prod(kernel.shape[:-1])) if relative_to == "fan_in" else size
+    unit = math.prod(kernel.shape[:-1]) ** -0.5 if relative_to == "fan_in" else 1.0
+    return jnp.abs(kernel.weights.astype(jnp.float32)), unit
 
 
 def strength_rule(
@@ -189,8 +191,8 @@ def strength_rule(
     _check_relative_to(relative_to)
 
     def factors(kernel: Kernel) -> jax.Array:
-        strength = _strength(kernel, relative_to)
-        return select(strength > strong, strong_factor, select(strength < weak, weak_factor, 1.0))
+        size, unit = _strength(kernel, relative_to)
+        return select(size > strong * unit, strong_factor, select(size < weak * unit, weak_factor, 1.0))
 
     return ElementRule("strength", factors, ("params",))
 
@@ -245,9 +247,9 @@ def scale_rule(
         return jax.tree.map(lambda depth: third(depth, last), depths)
 
     def factors(kernel: Kernel) -> jax.Array:
-        strength, where = _strength(kernel, relative_to), kernel.said
-        faint = select((strength < weak) | (where == 2), fine, medium)
-        return select((strength > strong) & (where == 0), coarse, faint)
+        (size, unit), where = _strength(kernel, relative_to), kernel.said
+        faint = select((size < weak * unit) | (where == 2), fine, medium)
+        return select((size > strong * unit) & (where == 0), coarse, faint)
 
     tree = (lambda params: thirds(depths(params))) if is_function(depths) else thirds(depths)
     return ElementRule("scale", factors, ("params",), tree)
@@ -286,8 +288,8 @@ def gradient_rule(
     check_number("low_factor", low_factor)
 
     def factors(kernel: Kernel) -> jax.Array:
-        size = jnp.sqrt(jnp.asarray(kernel.second_moment, jnp.float32))
-        return select(size > high, high_factor, select((size < low) & (size != 0), low_factor, 1.0))
+        square = jnp.asarray(kernel.second_moment, jnp.float32)  # no root of every entry: two numbers are squared
+        return select(square > high**2, high_factor, select((square < low**2) & (square > 0), low_factor, 1.0))
 
     return ElementRule("gradient", factors, ("second_moment",))
 
@@ -331,7 +333,7 @@ def extrema_rule(units: Units, boost: float = 2.0) -> ElementRule:
 
     def factors(kernel: Kernel) -> jax.Array | None:
         assert kernel.extrema is not None  # it is in `reads`
-        nearness = None
+        by_axis: dict[int, jax.Array] = {}
         for layer, axis in ends.get(kernel.path, ()):
             for sites in (kernel.extrema.dead, kernel.extrema.saturated):
                 if layer not in sites:
@@ -344,7 +346,9 @@ def extrema_rule(units: Units, boost: float = 2.0) -> ElementRule:
                         f"{kernel.path!r} has {kernel.shape[axis.axis]} entries for {axis.repeats} times these units."
                     )
                 along = along.reshape([-1 if other == axis.axis else 1 for other in range(len(kernel.shape))])
-                nearness = along if nearness is None else jnp.maximum(nearness, along)
-        return None if nearness is None else 1.0 + (boost - 1.0) * nearness
+                by_axis[axis.axis] = jnp.maximum(by_axis[axis.axis], along) if axis.axis in by_axis else along
+        if not by_axis:
+            return None
+        return 1.0 + (boost - 1.0) * functools.reduce(jnp.maximum, by_axis.values())
 
     return ElementRule("extrema", factors, ("extrema",))

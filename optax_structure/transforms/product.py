@@ -65,8 +65,8 @@ def scale_by_product(*multipliers: Multiplier, min_scale: float = 0.0, max_scale
     check_number("max_scale", max_scale, low=0.0 if is_traced(min_scale) else min_scale)
 
     def clipped(factor: jax.Array) -> jax.Array:
-        low, high = (jnp.asarray(bound, jnp.float32) for bound in (min_scale, max_scale))
-        return jax.lax.sign(factor) * jax.lax.clamp(low, factor, high)
+        low, high = (jnp.full(factor.shape, bound, jnp.float32) for bound in (min_scale, max_scale))
+        return jax.lax.select(factor > 0, jax.lax.min(jax.lax.max(factor, low), high), factor)
 
     def init_fn(params: optax.Params) -> ScaleByProductState:
         leaves, treedef = jax.tree.flatten(params)
