@@ -133,10 +133,12 @@ def scale_on_event(
         mine = jnp.asarray(by_distance, jnp.float32)[jnp.clip(distance, 0, len(by_distance) - 1)]
         return jnp.where(distance >= 0, mine, 1.0)
 
-    def recovered(factor: jax.Array, quiet: jax.Array) -> jax.Array:
-        if recovery is None:
-            return factor
-        return 1.0 - (1.0 - factor) * jnp.exp(-quiet / jnp.asarray(recovery, jnp.float32))
+    def remembered(quiet: jax.Array) -> jax.Array:
+        """The share of an event's effect that is left."""
+        return jnp.exp(-quiet / jnp.asarray(recovery, jnp.float32)) if recovery is not None else jnp.ones(())
+
+    def recovered(factor: jax.Array, share: jax.Array) -> jax.Array:
+        return factor if recovery is None else 1.0 - (1.0 - factor) * share
 
     def init_fn(params: optax.Params) -> ScaleOnEventState:
         if by_label:
@@ -162,14 +164,17 @@ def scale_on_event(
         flag = happened(event)
 
         def after_event(state: ScaleOnEventState) -> ScaleOnEventState:
+            share, floor = remembered(state.quiet), jnp.asarray(min_scale, jnp.float32)
+
             def left(factor: jax.Array, scale: Any) -> jax.Array:
-                return jnp.maximum(recovered(factor, state.quiet) * scale, min_scale)
+                return jax.lax.max(recovered(factor, share) * scale, floor)
 
             return ScaleOnEventState(jax.tree.map(left, state.factor, scales), jnp.zeros((), jnp.int32))
 
         # Between events, which are rare, nothing is computed a leaf.
         state = jax.lax.cond(flag, after_event, lambda state: state, state)
-        factors = every_leaf(updates, state.factor, of=lambda factor: recovered(factor, state.quiet))
+        share = remembered(state.quiet)
+        factors = every_leaf(updates, state.factor, of=lambda factor: recovered(factor, share))
         return factors, state._replace(quiet=optax.safe_increment(state.quiet))
 
     numbers = {"factors": by_label or by_distance, "min_scale": min_scale, "recovery": recovery}

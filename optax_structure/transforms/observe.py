@@ -183,7 +183,7 @@ def _needed(closed: core.ClosedJaxpr) -> Callable[..., list[jax.Array]]:
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
     """The mean of which ``total`` is the sum; where nothing has weight yet, the sum is 0 and so is this."""
-    return total.astype(jnp.float32) * (1.0 / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny))
+    return total.astype(jnp.float32) * (1.0 / jax.lax.max(weight, jnp.full((), jnp.finfo(jnp.float32).tiny)))
 
 
 def _first(slopes: jax.Array) -> jax.Array:
