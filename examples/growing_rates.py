@@ -38,7 +38,7 @@ def make_tx(labels, masks, units):
         return {name: jax.tree.map(lambda _, n=name: (of_patches | of_layers)[n], params[name]) for name in params}
 
     preset = oxs.presets.structure_net(
-        3e-3, labels, depths=depths, steps_per_epoch=STEPS_PER_EPOCH, warmup=1.0, connection_warmup=1.0, recovery=2.0
+        3e-3, labels, depths=depths, steps_per_epoch=STEPS_PER_EPOCH, warmup=1.0, recovery=2.0
     )
     return oxs.sparse(preset, masks)
 
