@@ -221,4 +221,4 @@ def test_growth_and_training_over_a_mesh_are_those_on_one_device(dtype: str) -> 
         for path, leaf in leaves_by_path(two.carry.params).items():
             assert leaf.dtype == dtype and leaf.sharding.is_equivalent_to(placed[path], leaf.ndim), (action, path)
         # Traced once a shape: an edit of masks compiles nothing, over a mesh either.
-        assert two.program.traces == [1] and two.program.run._cache_size() == 1, action
+        assert two.program.traces == [1] and two.program.run._cache_size() <= 1, action

