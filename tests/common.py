@@ -39,7 +39,7 @@ class Row:
       neutral: arguments (and ``neutral_extra``) with which it changes nothing.
       frozen: arguments with which the entries of ``frozen_where(params)`` never move.
       hides: a wrapper that shows the inner optimizer some leaves only, so that its state does not follow all of them.
-      slow: its programs are large, so what compiles them runs with the slow tests.
+      slow: it runs with the slow tests: its programs are large, or another row is nearly the same.
       across_leaves: a leaf's update depends on other leaves, so that ``optax.partition`` changes it.
       bad: arguments, each put in place of a good one, and the message that they must raise. A callable gets params.
     """

@@ -209,6 +209,7 @@ ROWS = (
     ),
     Row(
         name="scale_by_label_schedule",
+        slow=True,
         factory=oxs.scale_by_label,
         arguments=lambda p: {"scales": {"scaffold": 0.1, "new": WARMUP}, "labels": labels(p)},
         neutral=lambda p: {"scales": {"scaffold": one, "new": one}, "labels": labels(p)},
@@ -233,6 +234,7 @@ ROWS = (
     ),
     Row(
         name="scale_by_depth_late",
+        slow=True,
         factory=oxs.scale_by_depth,
         arguments=lambda p: {"decay": 0.5, "depths": depths(p), "protect": "late", "within": labels(p)},
         neutral=lambda p: {"decay": 1.0, "depths": depths(p), "protect": "late"},
@@ -249,6 +251,7 @@ ROWS = (
     ),
     Row(
         name="scale_by_age_events",
+        slow=True,
         factory=oxs.scale_by_age,
         arguments=lambda p: {"schedule": WARMUP, "unit": "events"},
         extra=lambda p: {"event": jnp.asarray(True)},
@@ -268,6 +271,7 @@ ROWS = (
     ),
     Row(
         name="scale_by_density_unit",
+        slow=True,
         factory=oxs.scale_by_density,
         arguments=lambda p: {"fn": lambda density: 0.5 + density, "per": "unit"},
         extra=with_masks,
@@ -287,6 +291,7 @@ ROWS = (
     ),
     Row(
         name="scale_by_connection_component",
+        slow=True,
         factory=connection,
         arguments=lambda p: {"scaffold": 0.5},
         neutral=lambda p: {"scaffold": 1.0},
@@ -294,6 +299,7 @@ ROWS = (
     ),
     Row(
         name="scale_by_connection_none",
+        slow=True,
         factory=oxs.scale_by_connection,
         neutral=nothing,
     ),
@@ -363,6 +369,7 @@ ROWS = (
     Row(name="observe", factory=oxs.observe, wraps=True, neutral=nothing),
     Row(
         name="observe_with_a_rule",
+        slow=True,
         factory=observed,
         wraps=True,
         arguments=lambda p: {"high_factor": 0.5},
@@ -437,6 +444,7 @@ ROWS = (
     ),
     Row(
         name="scale_on_event_distances",
+        slow=True,
         factory=oxs.scale_on_event,
         arguments=lambda p: {"factors": (0.5, 0.25), "min_scale": 0.2},
         extra=lambda p: {"event": jax.tree.map(lambda depth: jnp.asarray(depth - 1, jnp.int32), depths(p))},
@@ -539,6 +547,7 @@ ROWS = (
     ),
     Row(
         name="freeze_at_phase",
+        slow=True,
         factory=freeze_at_phase,
         wraps=True,
         hides=True,

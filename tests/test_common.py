@@ -235,6 +235,7 @@ def test_apply_if_finite_keeps_the_state_clean(row: Row) -> None:
     assert not any(np.any(leaf[1:3]) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
 @every_row
 def test_members_and_wrappers_of_inject_hyperparams(row: Row) -> None:
     params, extra, grads = make_params(), row.extra(make_params()), make_grads(make_params())
@@ -340,6 +341,7 @@ def test_frozen_entries_do_not_move(row: Row) -> None:
     assert any(np.any(flag) for flag in jax.tree.leaves(where))
 
 
+@pytest.mark.slow
 @every_row
 def test_jit_agrees_with_eager(row: Row) -> None:
     params, extra, grads = make_params(), row.extra(make_params()), make_grads(make_params())
@@ -351,6 +353,7 @@ def test_jit_agrees_with_eager(row: Row) -> None:
         assert_close(updates, take(wrapped_runs(row.name)["alone"].updates, step))
 
 
+@pytest.mark.slow
 @every_row
 def test_vmap_agrees_with_one_run(row: Row) -> None:
     params, extra = make_params(), row.extra(make_params())

@@ -131,7 +131,12 @@ BY_HAND: dict[str, list[tuple[int, dict[str, Any], list[float]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+FEW = ("basic", "balanced", "structure_net", "continual_learning")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_rates_by_hand(name: str) -> None:
     tx = getattr(oxs.presets, name)(1e-3, **given())
     for updates, extra, expected in BY_HAND[name]:
