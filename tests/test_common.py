@@ -364,6 +364,7 @@ def test_vmap_agrees_with_one_run(row: Row) -> None:
     assert_finite(together)
 
 
+@pytest.mark.slow
 @every_row
 def test_mesh_agrees_with_one_device(row: Row) -> None:
     if jax.device_count() < 2:
@@ -403,6 +404,7 @@ def restored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], dict[
     return states
 
 
+@pytest.mark.slow
 @every_row
 def test_checkpoint_round_trip(row: Row, restored: Callable[[bool], dict[str, Any]]) -> None:
     assert_equal(restored(row.slow)[row.name], base_run(row.name).state)

@@ -98,6 +98,7 @@ def test_digits_are_the_same_every_time() -> None:
     assert one.image_shape == (8, 8) and set(one.y_test.tolist()) == set(range(10))
 
 
+@pytest.mark.slow
 def test_openml_is_fetched_once_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

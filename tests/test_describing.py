@@ -88,6 +88,7 @@ def wrappings(tx: optax.GradientTransformation) -> dict[str, optax.GradientTrans
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapping", wrappings(optax.identity()))
 def test_rates_are_found_in_any_wrapping(wrapping: str) -> None:
     params = make_params()

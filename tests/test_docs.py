@@ -38,7 +38,8 @@ def load(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", pytest.param("examples/migrating.md", marks=pytest.mark.slow)]
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) for page in ("README.md", "CONTRIBUTING.md", "examples/migrating.md")],
 )
 def test_python_blocks_run_in_order(page: str) -> None:
     if page.startswith("examples/"):

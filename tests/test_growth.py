@@ -634,6 +634,7 @@ def test_patches_write_dead_units_and_read_saturated_ones() -> None:
 # Devices, dtypes, errors ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_growth_keeps_sharding_dtype_and_values_on_a_mesh(axis_type: AxisType) -> None:
     if len(jax.devices()) < 2:
