@@ -374,6 +374,7 @@ def test_describe_prints_the_parts_of_a_preset() -> None:
     assert "extrema= is passed" in text
 
 
+@pytest.mark.slow
 def test_presets_survive_growth() -> None:
     """Ages and event factors of old leaves carry over, a new leaf starts fresh, and its warm-up begins."""
     old, new = {"a": jnp.ones(2), "z": jnp.ones(2)}, {"a": jnp.ones(2), "m": jnp.ones(2), "z": jnp.ones(2)}

@@ -702,6 +702,7 @@ def slow(old: np.ndarray, sources: tuple[tuple[int, ...], ...], fill: bool) -> n
     return new
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(stories())
 def test_a_transfer_is_what_a_slow_reference_says(story: Story) -> None:
