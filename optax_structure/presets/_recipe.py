@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ import optax
 from optax_structure._tree import PyTree, align, is_function, is_traced
 from optax_structure.labels import LabelFn, Labels
 from optax_structure.state.markers import RunClock
-from optax_structure.transforms._connection import CohortRule, ConnectionRule
+from optax_structure.structure import Units
+from optax_structure.transforms._connection import CohortRule, ConnectionRule, ElementRule, optional_rule
 from optax_structure.transforms._extra import Rule, check_number, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import Factors, LeafGroup, Multiplier, multiplier
-from optax_structure.transforms.connection_rules import age_rule
+from optax_structure.transforms.connection_rules import age_rule, extrema_rule
 from optax_structure.transforms.connections import scale_by_connection
 from optax_structure.transforms.depth import scale_by_depth, scale_by_depth_bands, scale_by_depth_profile
 from optax_structure.transforms.events import scale_on_event
@@ -270,6 +271,12 @@ def connections_age_part(connection_age: tuple[float, float] | None, steps_per_e
         return age_rule(optax.exponential_decay(1.0, steps, 1 / math.e, end_value=floor))
 
     return part("connection_age", connection_age, make)
+
+
+def extreme_units_part(argument: str, boost: float | None, units: Units | None) -> ElementRule | None:
+    """The factor of connections at an extreme unit, where ``extrema=`` is passed."""
+    given = None if units is None else boost
+    return part(argument, given, lambda boost: optional_rule(extrema_rule(cast(Units, units), boost=boost)))
 
 
 def over_time(name: str, schedule: Schedule, **numbers: Any) -> Multiplier:

@@ -22,6 +22,7 @@ from optax_structure.presets._recipe import (
     check_epoch,
     connections_age_part,
     event_part,
+    extreme_units_part,
     if_given,
     in_steps,
     kernels,
@@ -40,7 +41,6 @@ from optax_structure.transforms._extra import check_number
 from optax_structure.transforms._multiplier import Multiplier
 from optax_structure.transforms.connection_rules import (
     birth_rule,
-    extrema_rule,
     gradient_rule,
     strength_rule,
 )
@@ -98,9 +98,8 @@ def advanced_parts(
 ) -> Parts:
     """What ``advanced`` multiplies."""
     parts = basic_parts(labels, depths, steps_per_epoch, **of_basic)
-    phase = part("extrema_phase", extrema_phase, lambda scales: scale_by_extrema_phase(scales=scales))
     return parts.and_(
-        None if phase is None else if_given("extrema", phase),
+        part("extrema_phase", extrema_phase, lambda f: if_given("extrema", scale_by_extrema_phase(scales=f))),
         profile_part(profile, depths),
         rules=(connections_age_part(connection_age, steps_per_epoch),),
     )
@@ -151,7 +150,6 @@ def ultimate_parts(
 ) -> Parts:
     """What ``ultimate`` multiplies."""
     parts = comprehensive_parts(labels, depths, steps_per_epoch, **of_comprehensive)
-    phase = part("loss_phase", loss_phase, lambda scales: scale_by_loss_phase(scales, every=steps_per_epoch))
 
     def trusted(given: tuple[float, float]) -> Multiplier:
         coefficient, cap = given
@@ -161,13 +159,10 @@ def ultimate_parts(
         large, small = given
         return optional_rule(gradient_rule(1e-2, 1e-5, high_factor=large, low_factor=small))
 
-    def near(boost: float) -> ElementRule | None:
-        return None if units is None else optional_rule(extrema_rule(units, boost=boost))
-
     return parts.and_(
-        None if phase is None else if_given("value", phase),
+        part("loss_phase", loss_phase, lambda f: if_given("value", scale_by_loss_phase(f, every=steps_per_epoch))),
         part("trust", trust, trusted),
-        rules=(part("gradient", gradient, steep), part("extrema_boost", extrema_boost, near)),
+        rules=(part("gradient", gradient, steep), extreme_units_part("extrema_boost", extrema_boost, units)),
     )
 
 
@@ -325,7 +320,8 @@ def ultimate(
       steps_per_epoch: updates an epoch, >= 1.
       inner: the optimizer without a learning rate. The gradient's size is read from its second moment.
       bounds: of the product.
-      **numbers: loss_phase: factors of exploration, exploitation, refinement and plateau (with ``value=``). gradient:
+      **numbers: loss_phase: factors of exploration, exploitation, refinement and plateau (with ``value=``;
+        the noise of the gradient counts where ``grads=`` is passed). gradient:
         factors of connections with a large and with a small gradient. extrema_boost: factor at extreme units (with
         ``extrema=`` and units). units: unit groups. trust: (coefficient, cap) of the trust ratio of kernels. And those
         of ``comprehensive``, ``advanced`` and ``basic``.

@@ -19,6 +19,7 @@ from optax_structure.presets._recipe import (
     check_epoch,
     connections_age_part,
     event_part,
+    extreme_units_part,
     if_given,
     in_steps,
     part,
@@ -26,9 +27,7 @@ from optax_structure.presets._recipe import (
     recipe,
 )
 from optax_structure.structure import Units
-from optax_structure.transforms._connection import ElementRule, optional_rule
 from optax_structure.transforms._multiplier import Multiplier
-from optax_structure.transforms.connection_rules import extrema_rule
 from optax_structure.transforms.freezing import frozen_below, progressive_freezing
 from optax_structure.transforms.phases import scale_by_extrema_phase
 
@@ -252,16 +251,13 @@ def extrema_focused(
     def phased(scales: tuple[float, float, float]) -> Multiplier:
         return if_given("extrema", scale_by_extrema_phase(explosive=explosive, steady=steady, scales=scales))
 
-    def near(boost: float) -> ElementRule | None:
-        return None if units is None else optional_rule(extrema_rule(units, boost=boost))
-
     parts = Parts(
         (
             by_label(rates, labels, warmup=None, steps_per_epoch=steps_per_epoch),
             part("extrema_phase", extrema_phase, phased),
             profile_part(profile, depths),
         ),
-        (connections_age_part(connection_age, steps_per_epoch), part("boost", boost, near)),
+        (connections_age_part(connection_age, steps_per_epoch), extreme_units_part("boost", boost, units)),
     )
     return recipe("extrema_focused", learning_rate, parts, bounds=bounds, inner=inner)
 

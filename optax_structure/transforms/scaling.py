@@ -44,7 +44,7 @@ def scale_by_label(scales: Mapping[str, float | Schedule], labels: Labels | Labe
       labels: tree of labels with the structure of params, a prefix of it, or a function ``params -> labels``.
 
     Returns:
-      A transformation whose state holds one count and one label code (scalars) a leaf.
+      A transformation whose state holds, a leaf, since when it has its label and the label's code (scalars).
 
     Raises:
       ValueError: for a negative scale, and for a label without a scale, naming it.
