@@ -434,14 +434,22 @@ class Network(nnx.Module):
         self.head = nnx.Linear(6, 2, rngs=nnx.Rngs(0))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["bias", "kernel"], meta_fields=["name"])
-@dataclasses.dataclass
-class Layer:
-    """A layer as Equinox writes it: a dataclass that is a pytree."""
+try:
+    import equinox
 
-    bias: Any
-    kernel: Any
-    name: str
+    class Layer(equinox.Module):
+        bias: Any
+        kernel: Any
+        name: str = equinox.field(static=True)
+
+except ImportError:  # the bare environment: a dataclass that is a pytree, which a module of Equinox is
+
+    @functools.partial(jax.tree_util.register_dataclass, data_fields=["bias", "kernel"], meta_fields=["name"])
+    @dataclasses.dataclass
+    class Layer:
+        bias: Any
+        kernel: Any
+        name: str
 
 
 def other_forms(tree: PyTree) -> dict[str, PyTree]:
@@ -454,7 +462,7 @@ def other_forms(tree: PyTree) -> dict[str, PyTree]:
         "linen": {"params": tree},
         "list": [[layer["bias"], layer["kernel"]] for layer in layers],
         "tuple": tuple(leaves),
-        "dataclass": {"layers": [Layer(layer["bias"], layer["kernel"], "dense") for layer in layers]},
+        "equinox": {"layers": [Layer(layer["bias"], layer["kernel"], "dense") for layer in layers]},
     }
 
 
