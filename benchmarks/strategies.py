@@ -38,7 +38,7 @@ LEVELS = ("basic", "advanced", "comprehensive", "ultimate")
 
 
 def arms_of(params: Any, depths: Any, units: Any = None) -> dict[str, tuple[optax.GradientTransformation, Extra]]:
-    """Plain Adam, Adam with a count a leaf, and the four levels, each with the extra arguments that it reads."""
+    """Plain Adam, Adam with a count a leaf, the four levels and what they read, the last also without norms."""
     labels = jax.tree.map(lambda depth: "new" if depth == max(jax.tree.leaves(depths)) else "scaffold", depths)
     extrema = oxs.Extrema(
         dead={name: jnp.zeros(16, bool) for name in ("site",)}, saturated={"site": jnp.zeros(16, bool)}
@@ -62,6 +62,7 @@ def arms_of(params: Any, depths: Any, units: Any = None) -> dict[str, tuple[opta
             extra["value"] = jnp.ones(())
             numbers["units"] = units
         arms[level] = (getattr(oxs.presets, level)(1e-3, labels, **numbers), extra)
+    arms["ultimate, trust=None"] = (oxs.presets.ultimate(1e-3, labels, trust=None, **numbers), extra)
     return arms
 
 

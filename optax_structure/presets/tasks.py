@@ -225,9 +225,9 @@ def combined(
     """The combination that the original recommends: a scaffold by depth and age, patches at half, new parts warmed up.
 
     Scaffold: ``0.1 ** (epoch // 20)`` times ``0.3`` to the relative depth, counted within the scaffold. New parts warm
-    up in one epoch. The original's numbers are 0.1 and five epochs, which cost half a point on MNIST. Its formula slows
-    the *late* layers, its text means the early ones: here the early ones are slow. Its branches for patches and for new
-    components are computed there and never used.
+    up in one epoch. The original's numbers are 0.1 and five epochs, which cost half a point on sparse MNIST. Its
+    formula slows the *late* layers, its text means the early ones: here the early ones are slow. Its branches for
+    patches and for new components are computed there and never used.
 
     Args:
       learning_rate: base rate >= 0, or a schedule.

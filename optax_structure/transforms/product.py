@@ -30,7 +30,7 @@ def scale_by_product(*multipliers: Multiplier, min_scale: float = 0.0, max_scale
     to rounding. A product of exactly 0 stays 0: what is frozen is not thawed by ``min_scale``. A multiplier that reads
     the update (``scale_by_masked_trust_ratio``) reads it as it comes in.
 
-    The scalar factors of all leaves are computed as one vector, which compiles several times faster than a chain when
+    The scalar factors of all leaves are computed as one vector, which compiles about twice as fast as a chain when
     there are hundreds of leaves.
 
     Args:
