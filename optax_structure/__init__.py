@@ -71,11 +71,11 @@ from optax_structure.transforms.describing import rates_by_label as rates_by_lab
 from optax_structure.transforms.events import growth_distances as growth_distances
 from optax_structure.transforms.events import layer_distances as layer_distances
 from optax_structure.transforms.events import scale_on_event as scale_on_event
-from optax_structure.transforms.freezing import FreezePhase as FreezePhase
-from optax_structure.transforms.freezing import freeze_at_phase as freeze_at_phase
-from optax_structure.transforms.freezing import freeze_labels as freeze_labels
-from optax_structure.transforms.freezing import frozen_below as frozen_below
-from optax_structure.transforms.freezing import progressive_freezing as progressive_freezing
+from optax_structure.transforms.freezing.labels import freeze_labels as freeze_labels
+from optax_structure.transforms.freezing.phases import FreezePhase as FreezePhase
+from optax_structure.transforms.freezing.phases import freeze_at_phase as freeze_at_phase
+from optax_structure.transforms.freezing.phases import frozen_below as frozen_below
+from optax_structure.transforms.freezing.phases import progressive_freezing as progressive_freezing
 from optax_structure.transforms.masking import keep_masked as keep_masked
 from optax_structure.transforms.masking import mask_gradients as mask_gradients
 from optax_structure.transforms.masking import sparse as sparse

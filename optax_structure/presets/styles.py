@@ -28,7 +28,7 @@ from optax_structure.presets._recipe import (
 )
 from optax_structure.structure import Units
 from optax_structure.transforms._multiplier import Multiplier
-from optax_structure.transforms.freezing import frozen_below, progressive_freezing
+from optax_structure.transforms.freezing.phases import frozen_below, progressive_freezing
 from optax_structure.transforms.phases import scale_by_extrema_phase
 
 Rates = Mapping[str, float] | None
