@@ -51,6 +51,7 @@ from optax_structure.transforms._connection import ConnectionRule as ConnectionR
 from optax_structure.transforms._connection import ElementRule as ElementRule
 from optax_structure.transforms._connection import Kernel as Kernel
 from optax_structure.transforms._connection import optional_rule as optional_rule
+from optax_structure.transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from optax_structure.transforms.connection_rules import age_rule as age_rule
 from optax_structure.transforms.connection_rules import birth_rule as birth_rule
 from optax_structure.transforms.connection_rules import component_rule as component_rule
@@ -71,6 +72,11 @@ from optax_structure.transforms.describing import rates_by_label as rates_by_lab
 from optax_structure.transforms.events import growth_distances as growth_distances
 from optax_structure.transforms.events import layer_distances as layer_distances
 from optax_structure.transforms.events import scale_on_event as scale_on_event
+from optax_structure.transforms.freezing.gates import gated as gated
+from optax_structure.transforms.freezing.gates import gates as gates
+from optax_structure.transforms.freezing.gates import observed as observed
+from optax_structure.transforms.freezing.gradients import freeze_on_small_gradients as freeze_on_small_gradients
+from optax_structure.transforms.freezing.gradients import frozen as frozen
 from optax_structure.transforms.freezing.labels import freeze_labels as freeze_labels
 from optax_structure.transforms.freezing.phases import FreezePhase as FreezePhase
 from optax_structure.transforms.freezing.phases import freeze_at_phase as freeze_at_phase
@@ -92,5 +98,6 @@ from optax_structure.transforms.scaling import scale_by_label as scale_by_label
 from optax_structure.transforms.strata import settle as settle
 from optax_structure.transforms.strata import strata as strata
 from optax_structure.transforms.trust_ratio import scale_by_masked_trust_ratio as scale_by_masked_trust_ratio
+from optax_structure.transforms.waiting import skip_unobserved as skip_unobserved
 
 __version__ = "0.1.0"

@@ -6,10 +6,12 @@ appends to every leaf is dropped, so that one rule fits NNX, Linen, Haiku, Equin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.core import Tracer
 from jax.tree_util import GetAttrKey, KeyPath
 
@@ -95,3 +97,20 @@ def _align(tree: PyTree, like: Params, name: str, path: str) -> PyTree:
         )
     mine = [_align(others[key], part, name, f"{path}/{key}".strip("/")) for key, part in parts.items()]
     return jax.tree.unflatten(treedef, mine)
+
+
+def is_masked(node: Any) -> bool:
+    """Whether a node stands for leaves that a group of ``optax.partition`` does not see."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def put_together(parts: Sequence[PyTree], missing: Any) -> PyTree:
+    """One tree of the parts that the groups of a partition hold; ``missing`` where no group has a leaf or a branch."""
+
+    def joined(one: PyTree, other: PyTree) -> PyTree:
+        if is_masked(one) or is_masked(other) or is_leaf(one):
+            return other if is_masked(one) else one
+        return jax.tree.map(joined, one, other, is_leaf=lambda node: node is not one)
+
+    together = functools.reduce(joined, parts)
+    return jax.tree.map(lambda node: missing if is_masked(node) else node, together, is_leaf=is_masked)

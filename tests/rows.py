@@ -109,6 +109,25 @@ def freeze_at_phase(
     return oxs.freeze_at_phase(inner, phases, depths, phase=phase)
 
 
+freeze_on_small_gradients = functools.partial(oxs.freeze_on_small_gradients, min_steps=0, patience=1)
+"""That freezes at the first reading."""
+
+
+def freeze_elements(
+    inner: optax.GradientTransformation, threshold: float, decay: float = 0.9, max_share: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    return freeze_on_small_gradients(inner, threshold, decay=decay, max_share=max_share, per="element")
+
+
+def freeze_layers(
+    inner: optax.GradientTransformation, threshold: float, groups: Any = None, max_share: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """Whole layers, each leaf with an optimizer of its own, which starts again."""
+    return freeze_on_small_gradients(
+        oxs.per_leaf(inner), threshold, decay=0.5, max_share=max_share, groups=groups, moments="reset"
+    )
+
+
 EXTREMA = oxs.Extrema({"hidden": jnp.arange(6) < 1}, {"hidden": jnp.arange(6) == 5})
 
 
@@ -560,6 +579,73 @@ ROWS = (
             ({"phase": -1}, r"phase=-1"),
             ({"phases": [(3, 1.0)]}, r"phases start at \[3\]"),
         ),
+    ),
+    Row(
+        name="clip_by_global_norm",
+        factory=oxs.clip_by_global_norm,
+        arguments=lambda p: {"max_norm": 0.5, "frozen": "scaffold", "labels": labels(p)},
+        extra=lambda p: {"observed": True},
+        first=True,
+        neutral=lambda p: {"max_norm": 1e30},
+        across_leaves=True,
+        bad=(
+            ({"max_norm": 0.0}, r"max_norm=0\.0"),
+            ({"labels": None}, r"frozen=\['scaffold'\] are labels: pass labels="),
+            ({"frozen": "old"}, r"frozen=\['old'\] are labels of no leaf"),
+        ),
+    ),
+    Row(
+        name="skip_unobserved",
+        factory=oxs.skip_unobserved,
+        wraps=True,
+        extra=lambda p: {"observed": jax.tree.map(lambda label: jnp.asarray(label == "new"), labels(p))},
+        neutral=nothing,
+        neutral_extra=nothing,
+        frozen=nothing,
+        frozen_where=labelled("scaffold"),
+    ),
+    Row(
+        name="freeze_on_small_gradients",
+        factory=freeze_on_small_gradients,
+        wraps=True,
+        arguments=lambda p: {"threshold": 0.8, "decay": 0.5, "release": 1.1, "max_share": 0.9},
+        extra=lambda p: {"value": jnp.asarray(1.0)},
+        neutral=lambda p: {"threshold": 0.0},
+        frozen=lambda p: {"threshold": 1e9},
+        across_leaves=True,
+        bad=(
+            ({"threshold": -1.0}, r"threshold=-1\.0"),
+            ({"decay": 1.0}, r"decay=1\.0 must be below 1"),
+            ({"min_steps": -1}, "min_steps=-1"),
+            ({"patience": 0}, r"patience=0 must lie in \[1"),
+            ({"release": 0.5}, r"release=0\.5 must lie in \[1"),
+            ({"min_dwell": -1}, "min_dwell=-1"),
+            ({"max_share": 1.5}, r"max_share=1\.5"),
+            ({"per": "layer"}, "per='layer'"),
+            ({"per": "element", "groups": 0}, "groups= are of whole leaves"),
+            ({"moments": "lose"}, "moments='lose'"),
+            ({"probe_every": 0}, "probe_every=0"),
+            ({"alarm": -1.0}, r"alarm=-1\.0"),
+        ),
+    ),
+    Row(
+        name="freeze_on_small_gradients_by_element",
+        slow=True,
+        factory=freeze_elements,
+        wraps=True,
+        arguments=lambda p: {"threshold": 0.5, "decay": 0.5, "max_share": 0.5},
+        neutral=lambda p: {"threshold": 0.0},
+        frozen=lambda p: {"threshold": 1e9},
+    ),
+    Row(
+        name="freeze_on_small_gradients_per_layer",
+        slow=True,
+        factory=freeze_layers,
+        wraps=True,
+        arguments=lambda p: {"threshold": 0.8, "groups": depths(p), "max_share": 0.7},
+        neutral=lambda p: {"threshold": 0.0},
+        frozen=lambda p: {"threshold": 1e9},
+        across_leaves=True,
     ),
     Row(
         name="scale_by_product",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_structure._tree import Params, map_with_path
+from optax_structure._tree import Params, is_masked, map_with_path
 
 Trail = tuple[tuple[type | None, str], ...]
 
@@ -65,18 +65,14 @@ class _Tagged:
         self.value = value
 
 
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
 def _tag(tx: optax.GradientTransformation, state: optax.OptState, params: Params) -> Any:
     paths = map_with_path(lambda path, _: path, params)
 
     def tag(leaf: Any, path: Any) -> Any:
-        return leaf if _is_masked(leaf) else _Tagged(path, leaf)
+        return leaf if is_masked(leaf) else _Tagged(path, leaf)
 
     try:
-        return optax.tree.map_params(tx, tag, state, paths, is_leaf=_is_masked)
+        return optax.tree.map_params(tx, tag, state, paths, is_leaf=is_masked)
     except Exception as error:
         kinds = sorted({type(node).__name__ for node in _named_tuples(state)})
         raise ValueError(

@@ -7,7 +7,6 @@ what is new starts as ``new_tx.init`` makes it, and what cannot be carried raise
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_structure._tree import Params, PyTree, align, is_leaf, leaves_by_path
+from optax_structure._tree import Params, PyTree, align, leaves_by_path, put_together
 from optax_structure.state import slots
 from optax_structure.state.carrying import arrays, carry, carry_in_place, masks_in, moved_sources, shapes, with_grads
 from optax_structure.state.markers import Masks
@@ -218,16 +217,7 @@ def get_masks(state: optax.OptState) -> PyTree:
     if not found:
         raise ValueError("no masks in this state: it is not the state of a transformation with sparse(inner, masks).")
 
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    def joined(one: PyTree, other: PyTree) -> PyTree:
-        if masked(one) or masked(other) or is_leaf(one):
-            return other if masked(one) else one
-        return jax.tree.map(joined, one, other, is_leaf=lambda node: node is not one)
-
-    together = functools.reduce(joined, found)
-    return jax.tree.map(lambda mask: jnp.ones((), bool) if masked(mask) else mask, together, is_leaf=masked)
+    return put_together(found, jnp.ones((), bool))
 
 
 def hyperparams_by_label(state: optax.OptState, name: str = "learning_rate") -> dict[str, jax.Array]:

@@ -75,3 +75,10 @@ def require(value: Any, name: str, transform: str) -> Any:
     if value is None:
         raise ValueError(f"{transform} needs {name}=: call tx.update(grads, state, params, {name}=...).")
     return value
+
+
+def require_params(params: Any) -> Any:
+    """The parameters, or a ``ValueError`` that shows the call which passes them."""
+    if params is None:
+        raise ValueError("this needs params: call tx.update(grads, state, params).")
+    return params

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from optax_structure._tree import PyTree, is_leaf
+from optax_structure._tree import PyTree, is_leaf, is_masked
 from optax_structure.transforms._extra import Rule, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import unrecorded
 
@@ -26,10 +26,6 @@ class ObserveState(NamedTuple):
 
     weight: PyTree
     inner_state: optax.OptState
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
 
 
 def _second_moments(state: optax.OptState, updates: optax.Updates) -> list[int | None]:
@@ -59,14 +55,14 @@ def _leaf_by_leaf(moments: PyTree, updates: optax.Updates) -> list[int | None]:
     A group of ``optax.partition`` has ``MaskedNode`` in place of the leaves of the other groups, and, where a label is
     the prefix of a whole branch, in place of the branch.
     """
-    nodes, treedef = jax.tree.flatten(moments, is_leaf=_is_masked)
+    nodes, treedef = jax.tree.flatten(moments, is_leaf=is_masked)
     try:
         parts = treedef.flatten_up_to(updates)
     except ValueError:  # moments of something else
         return [None] * len(jax.tree.leaves(updates))
     found: list[int | None] = []
     for node, part in zip(nodes, parts, strict=True):
-        mine = is_leaf(part) and not _is_masked(node)
+        mine = is_leaf(part) and not is_masked(node)
         found += [node if mine else None] * len(jax.tree.leaves(part))
     return found
 

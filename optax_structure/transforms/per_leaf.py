@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_structure._tree import Params, leaves_by_path
+from optax_structure._tree import Params, is_masked, leaves_by_path
 from optax_structure.transforms._extra import Rule, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import inside
 
@@ -29,8 +31,16 @@ def _template(inner: optax.GradientTransformation, params: Params) -> Any:
     return jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
 
 
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
+def _run_if(live: Any, run: Callable[[], tuple[Any, Any]], state: Any) -> tuple[Any, Any]:
+    """``run()``, or an update of 0 and the state as it was: a branch, so that what does not run costs nothing."""
+    if live is True:
+        return run()
+    output = jax.eval_shape(run)[0]
+
+    def rest() -> tuple[Any, Any]:
+        return jnp.zeros(output.shape, output.dtype), state
+
+    return rest() if live is False else jax.lax.cond(live, run, rest)
 
 
 def _by_leaf(value: Any, updates: optax.Updates) -> list[Any] | None:
@@ -39,14 +49,14 @@ def _by_leaf(value: Any, updates: optax.Updates) -> list[Any] | None:
     if jax.tree.structure(value) == treedef:
         return treedef.flatten_up_to(value)
     # A group of optax.partition holds some of the params, while the argument still has a part for all of them.
-    nodes, whole = jax.tree.flatten(updates, is_leaf=_is_masked)
+    nodes, whole = jax.tree.flatten(updates, is_leaf=is_masked)
     if len(nodes) == treedef.num_leaves:
         return None
     try:
         parts = whole.flatten_up_to(value)
     except ValueError:
         return None
-    mine = [part for node, part in zip(nodes, parts, strict=True) if not _is_masked(node)]
+    mine = [part for node, part in zip(nodes, parts, strict=True) if not is_masked(node)]
     return mine if jax.tree_util.all_leaves(mine) else None
 
 
@@ -87,8 +97,8 @@ def per_leaf(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         slots = [[state[slot] for state in states] for slot in range(template.num_leaves)]
         return jax.tree.unflatten(template, [jax.tree.unflatten(treedef, slot) for slot in slots])
 
-    def update_fn(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    def update_where(
+        live: list[Any], updates: optax.Updates, state: optax.OptState, params: optax.Params | None, extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         template = _template(inner, updates)
         leaves, treedef = jax.tree.flatten(updates)
@@ -101,11 +111,17 @@ def per_leaf(inner: optax.GradientTransformation) -> optax.GradientTransformatio
             extra = {name: extra_args[name] if of is None else of[index] for name, of in parts.items()}
             own = jax.tree.unflatten(template, [slot[index] for slot in slots])
             with inside(path):
-                output, own = inner.update(leaf, own, param, **extra)
+                output, own = _run_if(live[index], functools.partial(inner.update, leaf, own, param, **extra), own)
             outputs.append(output)
             states.append(jax.tree.leaves(own))
         new_slots = [[own[slot] for own in states] for slot in range(template.num_leaves)]
         new_state = jax.tree.unflatten(template, [jax.tree.unflatten(treedef, slot) for slot in new_slots])
         return jax.tree.unflatten(treedef, outputs), new_state
 
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return update_where([True] * len(jax.tree.leaves(updates)), updates, state, params, extra_args)
+
+    cast(Any, update_fn).where = update_where
     return transformation(init_fn, update_fn, Rule("per_leaf", inner=(inner,)))

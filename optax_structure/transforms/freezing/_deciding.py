@@ -1,0 +1,136 @@
+"""Which leaves freeze and which thaw, by what their gradients were: the arithmetic of freezing by small gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_structure._tree import is_traced
+from optax_structure.sparsity.topk import top_k_mask
+
+TINY = float(np.finfo(np.float32).tiny)
+
+
+class Numbers(NamedTuple):
+    """The numbers of the rule, as ``freeze_on_small_gradients`` is given them."""
+
+    threshold: Any
+    min_steps: Any
+    patience: Any
+    release: Any
+    min_dwell: Any
+    max_share: Any
+
+
+class Cell(NamedTuple):
+    """One leaf: its gates and its readings; see ``FreezeState`` and ``Readings``."""
+
+    frozen: jax.Array
+    streak: jax.Array
+    mean: jax.Array
+    weight: jax.Array
+    seen: jax.Array
+    waited: jax.Array
+
+
+def root_mean_square(grad: jax.Array) -> jax.Array:
+    """Of a whole leaf, float32 scalar."""
+    square = jnp.square(jnp.abs(grad).astype(jnp.float32))
+    return jnp.sqrt(jnp.sum(square) / max(grad.size, 1))
+
+
+def magnitude(grad: jax.Array) -> jax.Array:
+    """Of every element, float32."""
+    return jnp.abs(grad).astype(jnp.float32)
+
+
+def read(cell: Cell, size: jax.Array, looked: Any, decay: Any) -> Cell:
+    """The cell after one more reading; ``waited`` is 0 where it was one, and counts where it was not.
+
+    After a pause of ``k`` updates the reading weighs ``1 - decay**k``, as if its like had been read in each of them.
+    """
+    looked = jnp.asarray(looked) & jnp.all(jnp.isfinite(size))
+    waited = cell.waited + 1
+    kept = jnp.asarray(decay, jnp.float32) ** waited.astype(jnp.float32)
+    return cell._replace(
+        mean=jnp.where(looked, kept * cell.mean + (1 - kept) * size, cell.mean),
+        weight=jnp.where(looked, kept * cell.weight + (1 - kept), cell.weight),
+        seen=cell.seen + looked.astype(jnp.int32),
+        waited=jnp.where(looked, 0, waited),
+    )
+
+
+def decide(cells: Sequence[Cell], groups: Sequence[Hashable], sizes: Sequence[int], numbers: Numbers) -> list[Cell]:
+    """The gates of all leaves at once; leaves of one group share theirs and go by their greatest mean."""
+    if not cells:
+        return []
+    ids = np.array([list(dict.fromkeys(groups)).index(group) for group in groups])
+    count = int(ids.max()) + 1
+    stacked = Cell(*(jnp.stack(column) for column in zip(*cells, strict=True)))
+    if count < len(ids):
+        # All of a group must be frozen for the group to be, and all of it read for a reading.
+        least = [jax.ops.segment_min(column, ids, count) for column in (stacked.seen, stacked.streak)]
+        held = jax.ops.segment_min(stacked.frozen.astype(jnp.int32), ids, count) > 0
+        waited = jax.ops.segment_max(stacked.waited, ids, count)
+        means = jax.ops.segment_max(_unbiased(stacked), ids, count)
+        group = Cell(held, least[1], means, jnp.ones_like(means), least[0], waited)
+    else:
+        group = stacked
+    weights = np.bincount(ids, np.array(sizes, np.float64)) / max(sum(sizes), 1)
+    wanted, streak = _wanted(group, numbers)
+    frozen = _capped(wanted, group, weights, numbers.max_share)
+    streak = jnp.where(frozen == group.frozen, streak, 0)
+    return [
+        cell._replace(frozen=frozen[place], streak=streak[place])
+        for cell, place in zip(cells, ids.tolist(), strict=True)
+    ]
+
+
+def decide_by_element(cells: Sequence[Cell], numbers: Numbers) -> list[Cell]:
+    """The gates of all elements, each by itself."""
+    decided = []
+    for cell in cells:
+        wanted, streak = _wanted(cell, numbers)
+        if not _is_one(numbers.max_share):
+            most = jnp.asarray(numbers.max_share * wanted.size + 1e-6, jnp.int32)
+            scores = jnp.where(wanted, 1 / (1 + _unbiased(cell)) + cell.frozen, 0.0)
+            wanted &= top_k_mask(scores, most)
+        decided.append(cell._replace(frozen=wanted, streak=jnp.where(wanted == cell.frozen, streak, 0)))
+    return decided
+
+
+def _unbiased(cell: Cell) -> jax.Array:
+    return cell.mean / jnp.maximum(cell.weight, TINY)
+
+
+def _wanted(cell: Cell, numbers: Numbers) -> tuple[jax.Array, jax.Array]:
+    """Who is to be frozen, were there no cap, and the streaks of those whose gate does not change."""
+    mean, looked = _unbiased(cell), cell.waited == 0
+    below = jnp.where(looked, jnp.where(mean < numbers.threshold, cell.streak + 1, 0), cell.streak)
+    freezes = (below >= numbers.patience) & (cell.seen >= numbers.min_steps)
+    thaws = looked & (mean > numbers.release * numbers.threshold) & (cell.streak >= numbers.min_dwell)
+    wanted = (cell.frozen & ~thaws) | (~cell.frozen & freezes)
+    return wanted, jnp.where(cell.frozen, cell.streak + 1, below).astype(jnp.int32)
+
+
+def _capped(wanted: jax.Array, cell: Cell, weights: np.ndarray, max_share: Any) -> jax.Array:
+    """Who of these freezes: first what is frozen already, then by the mean, as long as the share allows."""
+    if _is_one(max_share):
+        return wanted
+    order = jnp.lexsort((_unbiased(cell), ~cell.frozen))
+
+    def take(share: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with_it = share + jnp.asarray(weights, jnp.float32)[place]
+        taken = wanted[place] & (with_it <= max_share + 1e-6)
+        return jnp.where(taken, with_it, share), taken
+
+    _, taken = jax.lax.scan(take, jnp.zeros((), jnp.float32), order)
+    return jnp.zeros_like(wanted).at[order].set(taken)
+
+
+def _is_one(share: Any) -> bool:
+    return not is_traced(share) and float(share) >= 1
