@@ -72,6 +72,8 @@ from optax_structure.transforms.describing import rates_by_label as rates_by_lab
 from optax_structure.transforms.events import growth_distances as growth_distances
 from optax_structure.transforms.events import layer_distances as layer_distances
 from optax_structure.transforms.events import scale_on_event as scale_on_event
+from optax_structure.transforms.freezing.freezeout import freezeout_plans as freezeout_plans
+from optax_structure.transforms.freezing.freezeout import scale_by_freezeout as scale_by_freezeout
 from optax_structure.transforms.freezing.gates import gated as gated
 from optax_structure.transforms.freezing.gates import gates as gates
 from optax_structure.transforms.freezing.gates import observed as observed
@@ -82,6 +84,12 @@ from optax_structure.transforms.freezing.phases import FreezePhase as FreezePhas
 from optax_structure.transforms.freezing.phases import freeze_at_phase as freeze_at_phase
 from optax_structure.transforms.freezing.phases import frozen_below as frozen_below
 from optax_structure.transforms.freezing.phases import progressive_freezing as progressive_freezing
+from optax_structure.transforms.freezing.plans import FreezePlan as FreezePlan
+from optax_structure.transforms.freezing.plans import PlanStep as PlanStep
+from optax_structure.transforms.freezing.plans import freeze_plans as freeze_plans
+from optax_structure.transforms.freezing.plans import plan_at as plan_at
+from optax_structure.transforms.freezing.plans import plan_step as plan_step
+from optax_structure.transforms.freezing.plans import progressive_plans as progressive_plans
 from optax_structure.transforms.masking import keep_masked as keep_masked
 from optax_structure.transforms.masking import mask_gradients as mask_gradients
 from optax_structure.transforms.masking import sparse as sparse

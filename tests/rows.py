@@ -554,6 +554,18 @@ ROWS = (
         ),
     ),
     Row(
+        name="scale_by_freezeout",
+        factory=oxs.scale_by_freezeout,
+        arguments=lambda p: {"total_steps": 4, "depths": depths(p), "first": 0.3, "power": 2.0},
+        bad=(
+            ({"total_steps": 0}, "total_steps=0"),
+            ({"first": 0.0}, r"first=0\.0 must be above 0"),
+            ({"first": 1.5}, r"first=1\.5"),
+            ({"power": 0.5}, r"power=0\.5"),
+            ({"depths": {"hidden": -1, "head": 0}}, r"depths.*-1"),
+        ),
+    ),
+    Row(
         name="freeze_labels",
         factory=oxs.freeze_labels,
         wraps=True,

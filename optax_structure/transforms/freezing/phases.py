@@ -128,6 +128,14 @@ def _by_depth(
     return checked, read
 
 
+def factors_by_phase(
+    phases: Sequence[FreezePhase | tuple[int, DepthScales]], depths: PyTree
+) -> list[tuple[int, list[float]]]:
+    """For every phase its start and the factors of the depths 0, 1, ...; depths are a tree."""
+    checked, read = _by_depth(phases, depths)
+    return [(phase.start, row) for phase, row in zip(checked, read(depths)[1], strict=True)]
+
+
 class ProgressiveFreezingState(NamedTuple):
     """State of ``progressive_freezing``: int32 scalar, updates so far, one for all leaves."""
 
