@@ -623,7 +623,6 @@ ROWS = (
         arguments=lambda p: {"threshold": 0.8, "decay": 0.5, "release": 1.1, "max_share": 0.9},
         extra=lambda p: {"value": jnp.asarray(1.0)},
         neutral=lambda p: {"threshold": 0.0},
-        frozen=lambda p: {"threshold": 1e9},
         across_leaves=True,
         bad=(
             ({"threshold": -1.0}, r"threshold=-1\.0"),
@@ -647,7 +646,6 @@ ROWS = (
         wraps=True,
         arguments=lambda p: {"threshold": 0.5, "decay": 0.5, "max_share": 0.5},
         neutral=lambda p: {"threshold": 0.0},
-        frozen=lambda p: {"threshold": 1e9},
     ),
     Row(
         name="freeze_on_small_gradients_per_layer",
@@ -656,7 +654,6 @@ ROWS = (
         wraps=True,
         arguments=lambda p: {"threshold": 0.8, "groups": depths(p), "max_share": 0.7},
         neutral=lambda p: {"threshold": 0.0},
-        frozen=lambda p: {"threshold": 1e9},
         across_leaves=True,
     ),
     Row(

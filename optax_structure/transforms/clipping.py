@@ -68,8 +68,11 @@ def clip_by_global_norm(
         read = [False if label in names else flag for label, flag in zip(here, flags, strict=True)]
         squares = [_square(leaf, flag) for leaf, flag in zip(leaves, read, strict=True) if flag is not False]
         norm = jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
-        factor = jnp.asarray(max_norm, jnp.float32) / jnp.maximum(norm, max_norm)
-        clipped = [leaf if flag is False else _times(leaf, factor) for leaf, flag in zip(leaves, read, strict=True)]
+        factor = jnp.minimum(1.0, jnp.asarray(max_norm, jnp.float32) / norm)
+        clipped = [
+            leaf if flag is False else _times(leaf, factor if flag is True else jnp.where(flag, factor, 1.0))
+            for leaf, flag in zip(leaves, read, strict=True)
+        ]
         return treedef.unflatten(clipped), state
 
     rule = Rule("clip_by_global_norm", {"max_norm": max_norm, "frozen": sorted(names)})

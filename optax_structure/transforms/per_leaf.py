@@ -38,7 +38,7 @@ def _run_if(live: Any, run: Callable[[], tuple[Any, Any]], state: Any) -> tuple[
     output = jax.eval_shape(run)[0]
 
     def rest() -> tuple[Any, Any]:
-        return jnp.zeros(output.shape, output.dtype), state
+        return jnp.zeros_like(output), state
 
     return rest() if live is False else jax.lax.cond(live, run, rest)
 

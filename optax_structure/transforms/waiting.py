@@ -72,21 +72,22 @@ def update_where(
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, optax.OptState]:
     """``inner.update`` where ``live``: a tree of bools, traced or not, a scalar a leaf or an array of its shape."""
-    leaves, treedef = jax.tree.flatten(updates)
+    treedef = jax.tree.structure(updates)
     flags = [_plain(flag) for flag in treedef.flatten_up_to(live)]
     if all(flag is True for flag in flags):
         return inner.update(updates, state, params, **extra_args)
-    shown = treedef.unflatten([_where(flag, leaf, None) for flag, leaf in zip(flags, leaves, strict=True)])
     extra_args = extra_args | {"observed": treedef.unflatten(flags)}
+    record(updates, [jnp.asarray(flag, jnp.float32) for flag in flags])
     by_leaf = getattr(inner.update, "where", None)
     if by_leaf is not None and not any(jnp.ndim(flag) for flag in flags):
-        out, new_state = by_leaf(flags, shown, state, params, extra_args)
-    else:
-        out, new_state = inner.update(shown, state, params, **extra_args)
-        new_state = choose_state(inner, treedef.unflatten(flags), updates, state, new_state)
-    moved = treedef.flatten_up_to(out)
-    record(updates, [jnp.asarray(flag, jnp.float32) for flag in flags])
-    return treedef.unflatten([_where(flag, leaf, None) for flag, leaf in zip(flags, moved, strict=True)]), new_state
+        return by_leaf(flags, updates, state, params, extra_args)
+
+    def zeroed(tree: PyTree) -> PyTree:
+        parts = zip(flags, treedef.flatten_up_to(tree), strict=True)
+        return treedef.unflatten([_where(flag, leaf, None) for flag, leaf in parts])
+
+    out, new_state = inner.update(zeroed(updates), state, params, **extra_args)
+    return zeroed(out), choose_state(inner, treedef.unflatten(flags), updates, state, new_state)
 
 
 def _plain(flag: Any) -> Any:

@@ -97,8 +97,7 @@ def decide_by_element(cells: Sequence[Cell], numbers: Numbers) -> list[Cell]:
         wanted, streak = _wanted(cell, numbers)
         if not _is_one(numbers.max_share):
             most = jnp.asarray(numbers.max_share * wanted.size + 1e-6, jnp.int32)
-            scores = jnp.where(wanted, 1 / (1 + _unbiased(cell)) + cell.frozen, 0.0)
-            wanted &= top_k_mask(scores, most)
+            wanted = top_k_mask(jnp.where(cell.frozen, jnp.inf, -_unbiased(cell)), most, wanted)
         decided.append(cell._replace(frozen=wanted, streak=jnp.where(wanted == cell.frozen, streak, 0)))
     return decided
 

@@ -53,9 +53,11 @@ def mean_loss(value: Any) -> jax.Array:
     """The loss as float32 scalar; the mean over the entries of a mapping.
 
     Raises:
-      ValueError: for a loss that is no scalar, naming its shape.
+      ValueError: for a loss that is no scalar, naming its shape, and a mapping without losses.
     """
     losses = [jnp.asarray(loss, jnp.float32) for loss in jax.tree.leaves(value)]
+    if not losses:
+        raise ValueError(f"value={value!r} holds no loss: pass the loss, a scalar, or leave it out.")
     for loss in losses:
         if loss.ndim:
             raise ValueError(f"value= has shape {loss.shape}; it is the loss, a scalar: pass its mean.")
@@ -76,7 +78,8 @@ def watched(
         return watch._replace(probe=held & due)
     ring = jnp.zeros((), bool)
     if alarm is not None:
-        ring = held & _jumps(watch, loss, alarm) & (watch.since_alarm >= every)
+        # A jump in a step whose frozen leaves were read says nothing that their gradients have not said.
+        ring = held & ~probed & _jumps(watch, loss, alarm) & (watch.since_alarm >= every)
     since_alarm = jnp.where(ring, 0, jnp.minimum(watch.since_alarm + 1, jnp.asarray(every, jnp.int32)))
     return _with_loss(watch, loss)._replace(since_alarm=since_alarm.astype(jnp.int32), probe=held & (due | ring))
 
@@ -84,13 +87,13 @@ def watched(
 def _jumps(watch: Watch, loss: jax.Array, alarm: Any) -> jax.Array:
     weight = 1 - LOSS_DECAY ** jnp.maximum(watch.losses, 1).astype(jnp.float32)
     far = loss - watch.loss / weight > alarm * jnp.sqrt(watch.variance / weight)
-    return far & (watch.losses >= SETTLED)
+    return far & (watch.losses >= SETTLED) & jnp.isfinite(loss)
 
 
 def _with_loss(watch: Watch, loss: jax.Array) -> Watch:
     weight = 1 - LOSS_DECAY ** jnp.maximum(watch.losses, 1).astype(jnp.float32)
     surprise = jnp.where(watch.losses > 0, jnp.square(loss - watch.loss / weight), 0.0)
-    finite = jnp.isfinite(loss)
+    finite = jnp.isfinite(loss) & jnp.isfinite(surprise)  # an infinite variance would never come down again
     return watch._replace(
         loss=jnp.where(finite, LOSS_DECAY * watch.loss + (1 - LOSS_DECAY) * loss, watch.loss),
         variance=jnp.where(finite, LOSS_DECAY * watch.variance + (1 - LOSS_DECAY) * surprise, watch.variance),

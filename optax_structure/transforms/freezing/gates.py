@@ -169,7 +169,7 @@ def _least(gate: Any) -> Any:
     """The smallest level of a gate; an int where it is known."""
     levels = jax.tree.leaves(gate)
     for level in levels:
-        if jnp.ndim(level) or not (jnp.issubdtype(jnp.result_type(level), jnp.integer) or _is_bool(level)):
+        if not _is_level(level):
             raise ValueError(
                 f"gate={level!r} must be an integer scalar (0 open, 1 no gradient of the weights, 2 none of the inputs "
                 "either), a bool, or a tree of such: see oxs.gates."
@@ -181,8 +181,11 @@ def _least(gate: Any) -> Any:
     return functools.reduce(jnp.minimum, traced)
 
 
-def _is_bool(level: Any) -> bool:
-    return jnp.result_type(level) == jnp.bool_
+def _is_level(level: Any) -> bool:
+    if isinstance(level, int):
+        return True
+    kinds = (jnp.integer, jnp.bool_)
+    return _is_array(level) and not level.ndim and any(jnp.issubdtype(level.dtype, kind) for kind in kinds)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -211,8 +214,8 @@ def _gated_call(
             filled = [slope if slope.dtype == jax.dtypes.float0 else next(rest) for slope in given]
             return pull(jax.tree.unflatten(treedef, filled))
 
-        shapes = jax.eval_shape(pulled, real)
-        of_weights, of_floats = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        # Zeros laid out over the devices as the gradients are: branches must agree in that too.
+        of_weights, of_floats = jax.tree.map(jnp.zeros_like, jax.eval_shape(pulled, real))
         branches = [pulled, lambda real: (of_weights, pulled(real)[1]), lambda real: (of_weights, of_floats)]
         of_weights, of_floats = jax.lax.switch(level, branches, real)
         return None, of_weights, of_floats, None

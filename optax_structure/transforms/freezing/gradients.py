@@ -79,9 +79,10 @@ def freeze_on_small_gradients(
 
     Of every leaf it keeps the running mean ``e`` of the root mean square of its gradient: ``norm / sqrt(size)``, so
     that one threshold fits all shapes. A leaf freezes after ``patience`` readings in a row with ``e < threshold``, once
-    it has had ``min_steps`` readings; it thaws with a reading that has ``e > release * threshold``. A frozen leaf's
-    update is exactly 0, weight decay and momentum included, and its part of the state waits (``skip_unobserved`` says
-    what that means for a shared step count). Gates are data: nothing is traced again.
+    it has had ``min_steps`` readings; it thaws with a reading that has ``e > release * threshold``. The gates of a step
+    are those that ``frozen(state)`` showed before it, so what is decided in one step holds from the next. The update of
+    a frozen leaf is exactly 0, weight decay and momentum included, and its part of the state waits
+    (``skip_unobserved`` says what that means for a shared step count). Gates are data: nothing is traced again.
 
     **Saving the backward pass.** Read the gates before it, skip what they allow, and say what was observed::
 
@@ -113,10 +114,10 @@ def freeze_on_small_gradients(
         the backward pass; it regularises.
       groups: tree of labels or ints (such as ``layer_depths``) with the structure of params, a prefix, or a function:
         leaves of one value freeze together, by their greatest mean. Layer by layer saves most.
-      moments: ``"keep"``, or ``"reset"``: what freezes has its part of the optimizer's state started again, which needs
-        a step count a leaf (``per_leaf``).
+      moments: ``"keep"``, or ``"reset"``: what freezes has its part of the optimizer's state started again. Where there
+        is a step count, each leaf needs its own (``per_leaf``), and by element nothing will do.
       probe_every: updates between two probes, >= 1.
-      alarm: standard deviations, > 0; ``None`` for none.
+      alarm: standard deviations, >= 0; ``None`` for none.
 
     Returns:
       A transformation; ``frozen(state)`` reads the gates. ``update`` reads ``observed=`` (see ``skip_unobserved``) and
@@ -124,14 +125,14 @@ def freeze_on_small_gradients(
 
     Raises:
       ValueError: for numbers out of range, ``groups`` with ``per="element"``, and at ``init`` for ``moments="reset"``
-        around a shared step count.
+        around a shared step count and for ``groups`` of another tree.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_structure as oxs
       >>> tx = oxs.freeze_on_small_gradients(oxs.per_leaf(optax.adamw(0.1)), min_steps=0, patience=2)
       >>> params = {"body": jnp.ones(4), "head": jnp.ones(2)}
       >>> grads, state = {"body": jnp.full(4, 1e-5), "head": jnp.ones(2)}, tx.init(params)
-      >>> for _ in range(2):
+      >>> for _ in range(3):
       ...     updates, state = tx.update(grads, state, params)
       >>> {name: bool(gate) for name, gate in oxs.frozen(state).items()}, float(updates["body"][0])
       ({'body': True, 'head': False}, 0.0)
@@ -154,9 +155,10 @@ def freeze_on_small_gradients(
         return jax.tree.map(lambda _: jnp.zeros((), dtype), params)
 
     def init_fn(params: optax.Params) -> FreezeState:
+        _groups(groups, params)  # groups of another tree are named now
         inner_state = inner.init(params)
         if moments == "reset":
-            _check_counts(inner, inner_state, params)
+            _check_counts(inner, inner_state, params, by_element)
         return FreezeState(
             cells(params, False, bool),
             cells(params, 0, jnp.int32),
@@ -195,10 +197,12 @@ def freeze_on_small_gradients(
             after = decide_by_element(read_now, numbers)
         else:
             after = decide(read_now, _groups(groups, updates), [leaf.size for leaf in leaves], numbers)
+        # The gates of this step are those of the state, which the backward pass went by; what was decided just now
+        # holds from the next step on. Otherwise no leaf could be updated before all gradients were there and read.
         # What is known before the program runs to be unobserved is left out of it.
         live = [
-            False if flag is False else (cell.waited == 0) & ~cell.frozen
-            for flag, cell in zip(looked, after, strict=True)
+            False if flag is False else (now.waited == 0) & ~then.frozen
+            for flag, now, then in zip(looked, after, before, strict=True)
         ]
         watch = watched(state.watch, loss, before, after, probe_every, alarm)
         updates, inner_state = update_where(
@@ -236,12 +240,15 @@ def _check(numbers: Numbers, decay: Any, per: str, groups: Any, moments: str) ->
         raise ValueError(f"moments={moments!r} must be 'keep' or 'reset'.")
 
 
-def _check_counts(inner: optax.GradientTransformation, state: optax.OptState, params: PyTree) -> None:
+def _check_counts(inner: optax.GradientTransformation, state: optax.OptState, params: PyTree, by_element: bool) -> None:
     for entry in slots.read(inner, state, params):
-        if entry.path is None and entry.moments and jnp.issubdtype(entry.value.dtype, jnp.integer):
+        if not entry.moments or not jnp.issubdtype(entry.value.dtype, jnp.integer):
+            continue
+        if by_element or entry.path is None:
+            whose, cure = ("an element", "Use moments='keep'") if by_element else ("a leaf", "Wrap it in per_leaf(...)")
             raise ValueError(
-                f"moments='reset' needs a step count a leaf, and {entry.describe()} is shared by all: moments that "
-                "start again under it make updates several times too large. Wrap the optimizer in per_leaf(...)."
+                f"moments='reset' needs a step count {whose}, and {entry.describe()} is shared: moments that start "
+                f"again under it make updates several times too large. {cure}."
             )
 
 
@@ -284,7 +291,10 @@ def frozen(state: optax.OptState) -> PyTree:
 
 def skippable(state: optax.OptState) -> PyTree:
     """``frozen(state)`` for the coming backward pass: nothing in a step that probes."""
-    return put_together(
-        [jax.tree.map(lambda gate, of=of: gate & ~jnp.any(of.watch.probe), of.frozen) for of in states_of(state)],
-        jnp.zeros((), bool),
-    )
+
+    def closed(of: FreezeState) -> PyTree:
+        probes = jax.tree.map(jnp.any, of.watch.probe)  # inside per_leaf there is one a leaf
+        probe = jax.tree.reduce(jnp.logical_or, probes, jnp.zeros((), bool))
+        return jax.tree.map(lambda gate: gate & ~probe, of.frozen)
+
+    return put_together([closed(of) for of in states_of(state)], jnp.zeros((), bool))
