@@ -27,7 +27,7 @@ class Numbers(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One leaf: its gates and its readings; see ``FreezeState`` and ``Readings``."""
+    """One leaf: its gates and readings (see ``FreezeState``, ``Readings``), and whether this update was a reading."""
 
     frozen: jax.Array
     streak: jax.Array
@@ -35,6 +35,7 @@ class Cell(NamedTuple):
     weight: jax.Array
     seen: jax.Array
     waited: jax.Array
+    was_read: Any = False
 
 
 def root_mean_square(grad: jax.Array) -> jax.Array:
@@ -48,19 +49,22 @@ def magnitude(grad: jax.Array) -> jax.Array:
     return jnp.abs(grad).astype(jnp.float32)
 
 
-def read(cell: Cell, size: jax.Array, looked: Any, decay: Any) -> Cell:
-    """The cell after one more reading; ``waited`` is 0 where it was one, and counts where it was not.
+def read(cell: Cell, size: jax.Array, looked: Any, sound: Any, decay: Any) -> Cell:
+    """The cell after one more reading, if it was looked at and what was seen is finite.
 
-    After a pause of ``k`` updates the reading weighs ``1 - decay**k``, as if its like had been read in each of them.
+    After a pause of ``k`` updates the reading weighs ``1 - decay**k``, as if its like had been read in each of them. An
+    update that is not sound is no pause: it is as if it had not been.
     """
-    looked = jnp.asarray(looked) & jnp.all(jnp.isfinite(size))
+    sound = sound & jnp.all(jnp.isfinite(size)) | ~jnp.asarray(looked)
+    was_read = sound & looked
     waited = cell.waited + 1
     kept = jnp.asarray(decay, jnp.float32) ** waited.astype(jnp.float32)
     return cell._replace(
-        mean=jnp.where(looked, kept * cell.mean + (1 - kept) * size, cell.mean),
-        weight=jnp.where(looked, kept * cell.weight + (1 - kept), cell.weight),
-        seen=cell.seen + looked.astype(jnp.int32),
-        waited=jnp.where(looked, 0, waited),
+        mean=jnp.where(was_read, kept * cell.mean + (1 - kept) * size, cell.mean),
+        weight=jnp.where(was_read, kept * cell.weight + (1 - kept), cell.weight),
+        seen=cell.seen + was_read.astype(jnp.int32),
+        waited=jnp.where(was_read, 0, jnp.where(sound, waited, cell.waited)),
+        was_read=was_read,
     )
 
 
@@ -75,9 +79,9 @@ def decide(cells: Sequence[Cell], groups: Sequence[Hashable], sizes: Sequence[in
         # All of a group must be frozen for the group to be, and all of it read for a reading.
         least = [jax.ops.segment_min(column, ids, count) for column in (stacked.seen, stacked.streak)]
         held = jax.ops.segment_min(stacked.frozen.astype(jnp.int32), ids, count) > 0
-        waited = jax.ops.segment_max(stacked.waited, ids, count)
+        was_read = jax.ops.segment_min(stacked.was_read.astype(jnp.int32), ids, count) > 0
         means = jax.ops.segment_max(_unbiased(stacked), ids, count)
-        group = Cell(held, least[1], means, jnp.ones_like(means), least[0], waited)
+        group = Cell(held, least[1], means, jnp.ones_like(means), least[0], stacked.waited, was_read)
     else:
         group = stacked
     weights = np.bincount(ids, np.array(sizes, np.float64)) / max(sum(sizes), 1)
@@ -108,10 +112,11 @@ def _unbiased(cell: Cell) -> jax.Array:
 
 def _wanted(cell: Cell, numbers: Numbers) -> tuple[jax.Array, jax.Array]:
     """Who is to be frozen, were there no cap, and the streaks of those whose gate does not change."""
-    mean, looked = _unbiased(cell), cell.waited == 0
-    below = jnp.where(looked, jnp.where(mean < numbers.threshold, cell.streak + 1, 0), cell.streak)
+    mean = _unbiased(cell)
+    below = jnp.where(cell.was_read, jnp.where(mean < numbers.threshold, cell.streak + 1, 0), cell.streak)
     freezes = (below >= numbers.patience) & (cell.seen >= numbers.min_steps)
-    thaws = looked & (mean > numbers.release * numbers.threshold) & (cell.streak >= numbers.min_dwell)
+    returned = cell.was_read & (mean > numbers.release * numbers.threshold)
+    thaws = returned & (cell.streak + 1 >= numbers.min_dwell)
     wanted = (cell.frozen & ~thaws) | (~cell.frozen & freezes)
     return wanted, jnp.where(cell.frozen, cell.streak + 1, below).astype(jnp.int32)
 

@@ -70,7 +70,7 @@ def watched(
     """The watch after an update: a probe is due when the frozen leaves have waited, or the loss has jumped."""
     held = _any([jnp.any(cell.frozen) for cell in after])
     # Read were all that were frozen: a probe, or somebody who always computes everything.
-    probed = ~_any([jnp.any(then.frozen) & (now.waited > 0) for then, now in zip(before, after, strict=True)])
+    probed = ~_any([jnp.any(then.frozen) & ~now.was_read for then, now in zip(before, after, strict=True)])
     since_probe = jnp.where(held & ~probed, watch.since_probe + 1, 0).astype(jnp.int32)
     due = since_probe >= jnp.asarray(every, jnp.int32) - 1
     watch = watch._replace(since_probe=since_probe)

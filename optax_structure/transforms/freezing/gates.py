@@ -31,8 +31,9 @@ def gates(state: optax.OptState | PyTree, depths: PyTree | None = None) -> PyTre
         which leaves are frozen: a tree of bools with the structure of params, a scalar a leaf or an array of its shape
         (frozen where all entries are); Python bools for what is known before the program runs.
       depths: tree of ints with the structure of params, in forward order (``layer_depths``), a prefix, or a function
-        of params. Without it no gate is 2, which is always right. Skip connections and branches do no harm as long as
-        a layer reads only what is not deeper than itself.
+        that goes by paths alone: it is shown a tree of flags, for params are not here. Without it no gate is 2, which
+        is always right. Skip connections and branches do no harm as long as a layer reads only what is not deeper than
+        itself.
 
     Returns:
       Tree of the structure of params: int32 scalars, or Python ints where all bools that count are Python's.

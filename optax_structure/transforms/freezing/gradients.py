@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_structure._tree import PyTree, align, is_traced, put_together
@@ -30,7 +31,7 @@ class Readings(NamedTuple):
     Attributes:
       mean: float32, scalar a leaf, or an array of its shape by element: running mean of the gradient's root mean
         square, times ``weight``.
-      weight: float32 scalar, what ``mean`` would be, had all readings been 1.
+      weight: float32 of the same shapes, what ``mean`` would be, had all readings been 1.
       seen: int32 scalar, readings so far.
       waited: int32 scalar, updates since the last one.
     """
@@ -94,8 +95,8 @@ def freeze_on_small_gradients(
     could never thaw: so with every ``probe_every`` updates the gates open for one backward pass, and in the step after
     a loss that lies more than ``alarm`` standard deviations above its slow mean (``value=``; at most once in
     ``probe_every`` updates). Readings that were skipped leave ``e`` alone; the next one after ``k`` updates weighs
-    ``1 - decay**k``. A gradient that is not finite, or comes with a loss that is not, is no reading: that leaf stays
-    where it is in that step, moments included.
+    ``1 - decay**k``. A gradient that is not finite, or comes with a loss that is not, is no reading and no pause: that
+    leaf stays where it is in that step, moments included.
 
     The original sets ``requires_grad=False`` and hopes that gradients return, which they cannot; the threshold there
     is on the norm, which grows with the size of the leaf.
@@ -110,7 +111,7 @@ def freeze_on_small_gradients(
       min_dwell: updates that a leaf stays frozen at least, >= 0.
       max_share: of the parameters, in [0, 1]: more do not freeze. Those with the smallest means go first, and what is
         frozen already goes before them. By element: of every leaf.
-      per: ``"leaf"``, or ``"element"``: every weight has a gate of its own (9 bytes a weight). That saves nothing in
+      per: ``"leaf"``, or ``"element"``: every weight has a gate of its own (13 bytes a weight). That saves nothing in
         the backward pass; it regularises.
       groups: tree of labels or ints (such as ``layer_depths``) with the structure of params, a prefix, or a function:
         leaves of one value freeze together, by their greatest mean. Layer by layer saves most.
@@ -164,7 +165,7 @@ def freeze_on_small_gradients(
             cells(params, 0, jnp.int32),
             Readings(
                 cells(params, 0, jnp.float32),
-                scalars(params, jnp.float32),
+                cells(params, 0, jnp.float32),  # by element, since elements may be born later than their leaf
                 scalars(params, jnp.int32),
                 scalars(params, jnp.int32),
             ),
@@ -184,13 +185,13 @@ def freeze_on_small_gradients(
         leaves, treedef = jax.tree.flatten(updates)
         extra_args |= {} if value is None else {"value": value}
         loss = None if value is None else mean_loss(value)
-        sound = True if loss is None else jnp.isfinite(loss)
+        sound = jnp.ones((), bool) if loss is None else jnp.isfinite(loss)
         looked = treedef.flatten_up_to(align(observed, updates, "observed"))
         columns = [treedef.flatten_up_to(tree) for tree in (state.frozen, state.streak, *state.readings)]
         before = [Cell(*of) for of in zip(*columns, strict=True)]
         size_of = magnitude if by_element else root_mean_square
         read_now = [
-            read(cell, size_of(leaf), sound & jnp.asarray(flag), decay)
+            read(cell, size_of(leaf), flag, sound, decay)
             for cell, leaf, flag in zip(before, leaves, looked, strict=True)
         ]
         if by_element:
@@ -201,7 +202,7 @@ def freeze_on_small_gradients(
         # holds from the next step on. Otherwise no leaf could be updated before all gradients were there and read.
         # What is known before the program runs to be unobserved is left out of it.
         live = [
-            False if flag is False else (now.waited == 0) & ~then.frozen
+            False if flag is False else now.was_read & ~then.frozen
             for flag, now, then in zip(looked, after, before, strict=True)
         ]
         watch = watched(state.watch, loss, before, after, probe_every, alarm)
@@ -213,12 +214,12 @@ def freeze_on_small_gradients(
             keeps = [~(now.frozen & ~then.frozen) for then, now in zip(before, after, strict=True)]
             inner_state = choose_state(inner, treedef.unflatten(keeps), updates, fresh, inner_state)
         gates, streak, *readings = (
-            treedef.unflatten([cell[field] for cell in after]) for field in range(len(Cell._fields))
+            treedef.unflatten([cell[field] for cell in after]) for field in range(len(Cell._fields) - 1)
         )
         return updates, FreezeState(gates, streak, Readings(*readings), watch, inner_state)
 
     shown = {name: value for name, value in numbers._asdict().items()} | {"decay": decay, "per": per}
-    cost = "9 B a weight" if by_element else "17 B a leaf"
+    cost = "13 B a weight" if by_element else "17 B a leaf"
     return transformation(init_fn, update_fn, Rule("freeze_on_small_gradients", shown, cost, (inner,)))
 
 
@@ -255,7 +256,8 @@ def _check_counts(inner: optax.GradientTransformation, state: optax.OptState, pa
 def _groups(groups: PyTree | None, updates: optax.Updates) -> list[Any]:
     if groups is None:
         return list(range(len(jax.tree.leaves(updates))))
-    return jax.tree.leaves(align(groups, updates, "groups"))
+    leaves = jax.tree.leaves(align(groups, updates, "groups"))
+    return [leaf.item() if isinstance(leaf, np.ndarray | jax.Array) else leaf for leaf in leaves]
 
 
 def states_of(state: optax.OptState) -> list[FreezeState]:
