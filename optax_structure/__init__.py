@@ -51,6 +51,7 @@ from optax_structure.transforms._connection import ConnectionRule as ConnectionR
 from optax_structure.transforms._connection import ElementRule as ElementRule
 from optax_structure.transforms._connection import Kernel as Kernel
 from optax_structure.transforms._connection import optional_rule as optional_rule
+from optax_structure.transforms.accumulating import accumulate_gradients as accumulate_gradients
 from optax_structure.transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from optax_structure.transforms.connection_rules import age_rule as age_rule
 from optax_structure.transforms.connection_rules import birth_rule as birth_rule
@@ -72,6 +73,18 @@ from optax_structure.transforms.describing import rates_by_label as rates_by_lab
 from optax_structure.transforms.events import growth_distances as growth_distances
 from optax_structure.transforms.events import layer_distances as layer_distances
 from optax_structure.transforms.events import scale_on_event as scale_on_event
+from optax_structure.transforms.feedback import scale_by_feedback as scale_by_feedback
+from optax_structure.transforms.feedback_optimizers import feedback_adam as feedback_adam
+from optax_structure.transforms.feedback_optimizers import feedback_sgd as feedback_sgd
+from optax_structure.transforms.feedback_rules import FeedbackSignals as FeedbackSignals
+from optax_structure.transforms.feedback_rules import cyclical_rate as cyclical_rate
+from optax_structure.transforms.feedback_rules import grad_norm_rate as grad_norm_rate
+from optax_structure.transforms.feedback_rules import hypergradient_rate as hypergradient_rate
+from optax_structure.transforms.feedback_rules import inverse_momentum as inverse_momentum
+from optax_structure.transforms.feedback_rules import normalized_momentum as normalized_momentum
+from optax_structure.transforms.feedback_rules import relative_momentum as relative_momentum
+from optax_structure.transforms.feedback_rules import trend_rate as trend_rate
+from optax_structure.transforms.feedback_rules import variance_rate as variance_rate
 from optax_structure.transforms.freezing.freezeout import freezeout_plans as freezeout_plans
 from optax_structure.transforms.freezing.freezeout import scale_by_freezeout as scale_by_freezeout
 from optax_structure.transforms.freezing.gates import gated as gated
@@ -93,6 +106,7 @@ from optax_structure.transforms.freezing.plans import progressive_plans as progr
 from optax_structure.transforms.masking import keep_masked as keep_masked
 from optax_structure.transforms.masking import mask_gradients as mask_gradients
 from optax_structure.transforms.masking import sparse as sparse
+from optax_structure.transforms.monitoring import snapshot as snapshot
 from optax_structure.transforms.observe import observe as observe
 from optax_structure.transforms.per_leaf import per_leaf as per_leaf
 from optax_structure.transforms.phases import PhaseSignals as PhaseSignals

@@ -153,7 +153,17 @@ def product(
 SHARED = ("learning_rate", "labels", "depths", "steps_per_epoch", "inner", "bounds")
 """Arguments of all presets; the others are the numbers of one."""
 
-KEPT = {"patches": 1.0, "strata_ages": (100.0, 20.0)}
+KEPT = {
+    "patches": 1.0,
+    "strata_ages": (100.0, 20.0),
+    "momentum": 0.9,
+    "lr_rules": {},
+    "momentum_rules": {},
+    "dynamic_weights": False,
+    "freeze_ema_beta": 0.9,
+    "min_steps_before_freeze": 100,
+    "max_share": 1.0,
+}
 """What of these cannot be None."""
 
 
@@ -188,6 +198,8 @@ def preset_row(name: str) -> Row:
         factory=factory,
         arguments=arguments,
         extra=lambda p: {"value": jnp.asarray(1.0), "event": jnp.asarray(True), "extrema": EXTREMA},
+        needs=("value",) if name == "loss_aware" else (),
+        across_leaves=name == "loss_aware",
         wraps=True,
         slow=True,
         neutral=lambda p: {"learning_rate": 1.0, "labels": labels(p), "bounds": None, **off},

@@ -16,6 +16,7 @@ themselves: between two of them inside ``optax.multi_transform`` a leaf cannot m
 Labels say which rate a leaf has; those that a preset does not list have the factor 1.
 """
 
+from optax_structure.presets.control import loss_aware as loss_aware
 from optax_structure.presets.levels import advanced as advanced
 from optax_structure.presets.levels import basic as basic
 from optax_structure.presets.levels import comprehensive as comprehensive
@@ -41,6 +42,7 @@ __all__ = [
     "continual_learning",
     "extrema_focused",
     "fine_tuning",
+    "loss_aware",
     "structure_net",
     "transfer_learning",
     "ultimate",

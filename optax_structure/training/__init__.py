@@ -2,6 +2,7 @@
 
 from optax_structure.training.checkpoint import CheckpointError as CheckpointError
 from optax_structure.training.config import Config as Config
+from optax_structure.training.control_plots import plot_control as plot_control
 from optax_structure.training.data import Data as Data
 from optax_structure.training.data import load_data as load_data
 from optax_structure.training.fit import Epoch as Epoch
@@ -10,6 +11,12 @@ from optax_structure.training.fit import FitResult as FitResult
 from optax_structure.training.fit import fit as fit
 from optax_structure.training.load_params import Loaded as Loaded
 from optax_structure.training.load_params import load_params as load_params
+from optax_structure.training.log_files import csv_sink as csv_sink
+from optax_structure.training.log_files import jsonl_sink as jsonl_sink
+from optax_structure.training.log_files import read_csv as read_csv
+from optax_structure.training.log_files import read_jsonl as read_jsonl
+from optax_structure.training.log_files import tensorboard_sink as tensorboard_sink
+from optax_structure.training.logging import RollingLog as RollingLog
 from optax_structure.training.loop import Interrupted as Interrupted
 from optax_structure.training.loop import NonFiniteLoss as NonFiniteLoss
 from optax_structure.training.loop import Progress as Progress
