@@ -76,6 +76,7 @@ from optax_structure.transforms.events import scale_on_event as scale_on_event
 from optax_structure.transforms.feedback import scale_by_feedback as scale_by_feedback
 from optax_structure.transforms.feedback_optimizers import feedback_adam as feedback_adam
 from optax_structure.transforms.feedback_optimizers import feedback_sgd as feedback_sgd
+from optax_structure.transforms.feedback_rules import FeedbackRule as FeedbackRule
 from optax_structure.transforms.feedback_rules import FeedbackSignals as FeedbackSignals
 from optax_structure.transforms.feedback_rules import cyclical_rate as cyclical_rate
 from optax_structure.transforms.feedback_rules import grad_norm_rate as grad_norm_rate

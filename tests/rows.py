@@ -224,6 +224,35 @@ def zero(x: jax.Array) -> jax.Array:
     return jnp.zeros_like(x, jnp.float32)
 
 
+def with_loss(params: PyTree) -> dict[str, Any]:
+    del params
+    return {"value": jnp.asarray(1.0)}
+
+
+def with_loss_and_grads(params: PyTree) -> dict[str, Any]:
+    return {"value": jnp.asarray(1.0), "grads": jax.tree.map(jnp.ones_like, params)}
+
+
+def feedback_sgd(
+    inner: optax.GradientTransformation, *, learning_rate: float = 0.1, momentum: float = 0.9
+) -> optax.GradientTransformationExtraArgs:
+    """After an optimizer whose updates it takes for gradients."""
+    return optax.chain(inner, oxs.feedback_sgd(learning_rate, momentum=momentum))
+
+
+def feedback_adam(
+    inner: optax.GradientTransformation, *, learning_rate: float = 0.1, weight_decay: float = 0.1
+) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(inner, oxs.feedback_adam(learning_rate, weight_decay=weight_decay))
+
+
+def accumulate_gradients(
+    inner: optax.GradientTransformation, every: Any = 2, losses: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Two gradients an update: a length, and no number that could be injected."""
+    return oxs.accumulate_gradients(inner, every, losses=losses)
+
+
 ROWS = (
     Row(
         name="scale_by_label",
@@ -684,6 +713,76 @@ ROWS = (
         frozen=lambda p: {"labels": labels(p), "depths": depths(p), "scaffold": 0.0, "min_scale": 0.5},
         frozen_where=labelled("scaffold"),
         bad=(({"min_scale": -1.0}, r"min_scale=-1\.0"), ({"min_scale": 0.7}, r"max_scale=0\.6 must lie in \[0\.7")),
+    ),
+    Row(
+        name="scale_by_feedback",
+        factory=oxs.scale_by_feedback,
+        arguments=lambda p: {"min_scale": 0.25, "max_scale": 2.0, "smooth": 0.5, "smooth_down": 0.25, "total_steps": 9},
+        extra=with_loss,
+        needs=("value",),
+        neutral=lambda p: {"lr_rules": {}},
+        bad=(
+            ({"lr_rules": {"trends": 1.0}}, r"names the rule 'trends'; the rules are \['cyclical'"),
+            ({"lr_rules": {"trend": -1.0}}, r"lr_rules\['trend'\]=-1\.0"),
+            ({"total_steps": 0}, "total_steps=0"),
+            ({"min_scale": 0.0}, r"min_scale=0\.0"),
+            ({"max_scale": 0.1}, r"max_scale=0\.1 must lie in \[0\.25"),
+            ({"smooth": 1.0}, r"smooth=1\.0"),
+            ({"smooth_down": -0.5}, r"smooth_down=-0\.5"),
+            ({"per_label": True}, "per_label=True with labels=None"),
+        ),
+    ),
+    Row(
+        name="scale_by_feedback_all_rules",
+        slow=True,
+        factory=oxs.scale_by_feedback,
+        arguments=lambda p: {
+            "lr_rules": dict.fromkeys(("trend", "variance", "grad_norm", "cyclical", "hypergradient"), 1.0)
+        },
+        extra=with_loss_and_grads,
+        needs=("value", "grads"),
+        across_leaves=True,
+    ),
+    Row(
+        name="scale_by_feedback_per_label",
+        slow=True,
+        factory=lambda labels, min_scale=0.1: oxs.scale_by_feedback(per_label=True, labels=labels, min_scale=min_scale),
+        arguments=lambda p: {"labels": labels(p), "min_scale": 0.2},
+        extra=with_loss_and_grads,
+        needs=("value",),
+    ),
+    Row(
+        name="feedback_sgd",
+        factory=feedback_sgd,
+        wraps=True,
+        arguments=lambda p: {"learning_rate": 0.5, "momentum": 0.8},
+        extra=with_loss,
+        needs=("value",),
+        across_leaves=True,
+        bad=(
+            ({"learning_rate": -1.0}, r"learning_rate=-1\.0"),
+            ({"momentum": 0.99}, r"momentum=0\.99 must lie in \[0\.5, 0\.98\]"),
+        ),
+    ),
+    Row(
+        name="feedback_adam",
+        slow=True,
+        factory=feedback_adam,
+        wraps=True,
+        arguments=lambda p: {"learning_rate": 0.5, "weight_decay": 0.01},
+        extra=with_loss,
+        needs=("value",),
+        across_leaves=True,
+        bad=(({"weight_decay": -1.0}, r"weight_decay=-1\.0"),),
+    ),
+    Row(
+        name="accumulate_gradients",
+        slow=True,
+        factory=accumulate_gradients,
+        wraps=True,
+        extra=with_loss,
+        neutral=lambda p: {"every": 1},
+        bad=(({"every": 0}, "every=0"), ({"every": 0.5}, r"every=0\.5")),
     ),
     *map(preset_row, oxs.presets.__all__),
 )

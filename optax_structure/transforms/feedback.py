@@ -169,11 +169,11 @@ def scale_by_feedback(
         mine = jax.tree.leaves(align(labels, updates, "labels")) if per_label else [loss] * len(leaves)
         flags = flags_of(observed, updates)
         flagged = [[label == name and flag for label, flag in zip(mine, flags, strict=True)] for name in names]
-        raw: Any = grads if grads is None else jax.tree.leaves(align(grads, updates, "grads"))
+        raw = [] if grads is None else jax.tree.leaves(align(grads, updates, "grads"))
         losses, norms, cosines = [number(value, "value", name) for name in names], None, None
         if grad_norm is not None:
             norms = [number(grad_norm, "grad_norm", name) for name in names]
-        elif raw is not None:
+        elif grads is not None:
             norms = [jnp.sqrt(dot(raw, raw, of)) for of in flagged]
         last = state.last
         if last is not None:
