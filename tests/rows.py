@@ -109,8 +109,9 @@ def freeze_at_phase(
     return oxs.freeze_at_phase(inner, phases, depths, phase=phase)
 
 
+# That freezes at the first reading.
 freeze_on_small_gradients = functools.partial(oxs.freeze_on_small_gradients, min_steps=0, patience=1)
-"""That freezes at the first reading."""
+freeze_on_small_gradients.__name__ = "freeze_on_small_gradients"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def freeze_elements(

@@ -161,6 +161,11 @@ def recording() -> Iterator[dict[str, Any]]:
         _recording.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether ``rates`` is listening."""
+    return _recording.get() is not None
+
+
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
     """What runs inside is a computation aside, whose factors are not applied: ``rates`` must not hear of it."""

@@ -13,6 +13,7 @@ import optax
 from optax_structure._tree import Params, is_masked, leaves_by_path
 from optax_structure.transforms._extra import Rule, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import inside
+from optax_structure.transforms._two_steps import in_two_steps
 
 
 def _template(inner: optax.GradientTransformation, params: Params) -> Any:
@@ -31,16 +32,17 @@ def _template(inner: optax.GradientTransformation, params: Params) -> Any:
     return jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
 
 
-def _run_if(live: Any, run: Callable[[], tuple[Any, Any]], state: Any) -> tuple[Any, Any]:
-    """``run()``, or an update of 0 and the state as it was: a branch, so that what does not run costs nothing."""
+def _run_if(live: Any, run: Callable[..., tuple[Any, Any]], leaf: Any, state: Any, param: Any) -> tuple[Any, Any]:
+    """``run(leaf, state, param)``, or an update of 0 and the state as it was, which is a branch that costs nothing."""
     if live is True:
-        return run()
-    output = jax.eval_shape(run)[0]
-
-    def rest() -> tuple[Any, Any]:
-        return jnp.zeros_like(output), state
-
-    return rest() if live is False else jax.lax.cond(live, run, rest)
+        return run(leaf, state, param)
+    if live is False:
+        return jnp.zeros_like(jax.eval_shape(run, leaf, state, param)[0]), state
+    two = in_two_steps(run, leaf, state, param)
+    # The state alone: it is changed in place, while an update out of a branch would be one more array.
+    kept = jax.lax.cond(live, two.new_state, lambda: state)
+    update = two.updates(kept)
+    return jnp.where(live, update, jnp.zeros_like(update)), kept
 
 
 def _by_leaf(value: Any, updates: optax.Updates) -> list[Any] | None:
@@ -111,7 +113,7 @@ def per_leaf(inner: optax.GradientTransformation) -> optax.GradientTransformatio
             extra = {name: extra_args[name] if of is None else of[index] for name, of in parts.items()}
             own = jax.tree.unflatten(template, [slot[index] for slot in slots])
             with inside(path):
-                output, own = _run_if(live[index], functools.partial(inner.update, leaf, own, param, **extra), own)
+                output, own = _run_if(live[index], functools.partial(inner.update, **extra), leaf, own, param)
             outputs.append(output)
             states.append(jax.tree.leaves(own))
         new_slots = [[own[slot] for own in states] for slot in range(template.num_leaves)]

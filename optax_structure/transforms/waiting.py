@@ -13,6 +13,7 @@ from optax_structure._tree import PyTree, align, leaves_by_path
 from optax_structure.state import slots
 from optax_structure.transforms._extra import Rule, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import record
+from optax_structure.transforms._two_steps import in_two_steps
 
 
 def skip_unobserved(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -86,8 +87,12 @@ def update_where(
         parts = zip(flags, treedef.flatten_up_to(tree), strict=True)
         return treedef.unflatten([_where(flag, leaf, None) for flag, leaf in parts])
 
-    out, new_state = inner.update(zeroed(updates), state, params, **extra_args)
-    return zeroed(out), choose_state(inner, treedef.unflatten(flags), updates, state, new_state)
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None) -> Any:
+        return inner.update(updates, state, params, **extra_args)
+
+    two = in_two_steps(update, zeroed(updates), state, params)
+    kept = choose_state(inner, treedef.unflatten(flags), updates, state, two.new_state())
+    return zeroed(two.updates(kept)), kept
 
 
 def _plain(flag: Any) -> Any:

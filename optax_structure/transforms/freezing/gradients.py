@@ -19,7 +19,7 @@ from optax_structure.transforms.freezing._deciding import (
     decide_by_element,
     magnitude,
     read,
-    root_mean_square,
+    root_mean_square_if,
 )
 from optax_structure.transforms.freezing._watching import Watch, first_watch, mean_loss, watched
 from optax_structure.transforms.waiting import choose_state, update_where
@@ -91,7 +91,8 @@ def freeze_on_small_gradients(
         loss, grads = jax.value_and_grad(loss_fn)(params, gates)         # layers are oxs.gated(...)
         updates, state = tx.update(grads, state, params, value=loss, observed=oxs.observed(gates))
 
-    Around ``per_leaf(...)`` the optimizer's work on frozen leaves is saved too. A frozen leaf that nobody looks at
+    Around ``per_leaf(...)`` the optimizer's work on frozen leaves is saved too. (So keep what depends on the time, a
+    schedule of the rate, outside: under ``per_leaf`` it would wait with the leaf.) A frozen leaf that nobody looks at
     could never thaw: so with every ``probe_every`` updates the gates open for one backward pass, and in the step after
     a loss that lies more than ``alarm`` standard deviations above its slow mean (``value=``; at most once in
     ``probe_every`` updates). Readings that were skipped leave ``e`` alone; the next one after ``k`` updates weighs
@@ -189,9 +190,9 @@ def freeze_on_small_gradients(
         looked = treedef.flatten_up_to(align(observed, updates, "observed"))
         columns = [treedef.flatten_up_to(tree) for tree in (state.frozen, state.streak, *state.readings)]
         before = [Cell(*of) for of in zip(*columns, strict=True)]
-        size_of = magnitude if by_element else root_mean_square
+        size_of = magnitude if by_element else root_mean_square_if
         read_now = [
-            read(cell, size_of(leaf), flag, sound, decay)
+            read(cell, size_of(leaf, flag), flag, sound, decay)
             for cell, leaf, flag in zip(before, leaves, looked, strict=True)
         ]
         if by_element:
