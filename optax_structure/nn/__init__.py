@@ -5,6 +5,7 @@ from __future__ import annotations
 from optax_structure.nn import linen
 from optax_structure.nn.capture import capture
 from optax_structure.nn.functional import masked_conv, masked_dense
+from optax_structure.nn.gating import gate_model
 from optax_structure.nn.initialisers import lsuv, sparse_init, sparse_init_tree
 from optax_structure.nn.layers import SparseConv, SparseLinear
 from optax_structure.nn.masks import Mask, masks_of, set_masks
@@ -20,6 +21,7 @@ __all__ = [
     "masks_of",
     "set_masks",
     "capture",
+    "gate_model",
     "lsuv",
     "sparse_init",
     "sparse_init_tree",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax import Array
 from optax_structure.nn.functional import MaskedBy, Padding, check_layer, masked_conv, masked_dense
 from optax_structure.nn.initialisers import Initializer, kernel_mask, masked_kernel
 from optax_structure.nn.masks import Mask
+from optax_structure.transforms.freezing.gates import gated
 
 
 class _SparseLayer(nnx.Module):
@@ -51,9 +53,10 @@ class _SparseLayer(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
 
-    def _arrays(self) -> tuple[Array, Array | None, Array | None]:
+    def _gated(self, gate: Any, x: Array, product: Callable[..., Array]) -> Array:
         mask = self.kernel_mask[...] if self.masked_by == "forward" else None
-        return self.kernel[...], None if self.bias is None else self.bias[...], mask
+        params = self.kernel[...], None if self.bias is None else self.bias[...]
+        return gated(lambda params, x, mask: product(x, *params, mask))(gate, params, x, mask)
 
 
 class SparseLinear(_SparseLayer):
@@ -124,10 +127,10 @@ class SparseLinear(_SparseLayer):
         self.in_features = in_features
         self.out_features = out_features
 
-    def __call__(self, x: Array) -> Array:
-        """``(..., in_features)`` -> ``(..., out_features)``."""
-        kernel, bias, mask = self._arrays()
-        return masked_dense(x, kernel, bias, mask, dtype=self.dtype, precision=self.precision)
+    def __call__(self, x: Array, gate: Any = None) -> Array:
+        """``(..., in_features)`` -> ``(..., out_features)``; ``gate``: see ``optax_structure.gated``."""
+        product = functools.partial(masked_dense, dtype=self.dtype, precision=self.precision)
+        return self._gated(gate, x, product)
 
 
 class SparseConv(_SparseLayer):
@@ -214,14 +217,10 @@ class SparseConv(_SparseLayer):
         self.kernel_dilation = kernel_dilation if isinstance(kernel_dilation, int) else tuple(kernel_dilation)
         self.feature_group_count = feature_group_count
 
-    def __call__(self, x: Array) -> Array:
-        """``(..., *spatial, in_features)`` -> ``(..., *spatial, out_features)``."""
-        kernel, bias, mask = self._arrays()
-        return masked_conv(
-            x,
-            kernel,
-            bias,
-            mask,
+    def __call__(self, x: Array, gate: Any = None) -> Array:
+        """``(..., *spatial, in_features)`` -> ``(..., *spatial, out_features)``; ``gate``: see ``SparseLinear``."""
+        product = functools.partial(
+            masked_conv,
             strides=self.strides,
             padding=self.padding,
             input_dilation=self.input_dilation,
@@ -230,3 +229,4 @@ class SparseConv(_SparseLayer):
             dtype=self.dtype,
             precision=self.precision,
         )
+        return self._gated(gate, x, product)

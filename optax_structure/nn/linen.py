@@ -6,6 +6,7 @@ The params tree of these layers is that of ``flax.linen.Dense`` and ``Conv``: ``
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from optax_structure.nn.functional import MaskedBy, Padding, check_layer, masked
 from optax_structure.nn.initialisers import Initializer, kernel_mask, masked_kernel
 from optax_structure.nn.models import layer_names
 from optax_structure.sparsity.masks import random_masks
+from optax_structure.transforms.freezing.gates import gated
 
 __all__ = ["SparseDense", "SparseConv", "MLP", "Chain", "masks_of"]
 
@@ -53,6 +55,12 @@ class _SparseLayer(linen.Module):
         if mask.shape != shape:
             raise ValueError(f"mask gave the shape {mask.shape} for a kernel of shape {shape}.")
         return mask
+
+
+def _gated(
+    gate: Any, x: Array, kernel: Array, bias: Array | None, mask: Array | None, product: Callable[..., Array]
+) -> Array:
+    return gated(lambda params, x, mask: product(x, *params, mask))(gate, (kernel, bias), x, mask)
 
 
 class SparseDense(_SparseLayer):
@@ -97,10 +105,11 @@ class SparseDense(_SparseLayer):
     bias_init: Initializer = jax.nn.initializers.zeros
 
     @linen.compact
-    def __call__(self, x: Array) -> Array:
-        """``(..., in)`` -> ``(..., features)``."""
+    def __call__(self, x: Array, gate: Any = None) -> Array:
+        """``(..., in)`` -> ``(..., features)``; ``gate``: see ``optax_structure.gated``."""
         kernel, bias, mask = self._arrays((x.shape[-1], self.features))
-        return masked_dense(x, kernel, bias, mask, dtype=self.dtype, precision=self.precision)
+        product = functools.partial(masked_dense, dtype=self.dtype, precision=self.precision)
+        return _gated(gate, x, kernel, bias, mask, product)
 
 
 class SparseConv(_SparseLayer):
@@ -156,18 +165,15 @@ class SparseConv(_SparseLayer):
     bias_init: Initializer = jax.nn.initializers.zeros
 
     @linen.compact
-    def __call__(self, x: Array) -> Array:
-        """``(..., *spatial, in)`` -> ``(..., *spatial, features)``."""
+    def __call__(self, x: Array, gate: Any = None) -> Array:
+        """``(..., *spatial, in)`` -> ``(..., *spatial, features)``; ``gate``: see ``optax_structure.gated``."""
         window = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         channels, groups = x.shape[-1], self.feature_group_count
         if channels % groups:
             raise ValueError(f"the input's {channels} channels are no multiple of feature_group_count={groups}.")
         kernel, bias, mask = self._arrays((*window, channels // groups, self.features))
-        return masked_conv(
-            x,
-            kernel,
-            bias,
-            mask,
+        product = functools.partial(
+            masked_conv,
             strides=self.strides,
             padding=self.padding,
             input_dilation=self.input_dilation,
@@ -176,6 +182,7 @@ class SparseConv(_SparseLayer):
             dtype=self.dtype,
             precision=self.precision,
         )
+        return _gated(gate, x, kernel, bias, mask, product)
 
 
 class MLP(linen.Module):
