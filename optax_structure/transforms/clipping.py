@@ -12,6 +12,7 @@ import optax
 from optax_structure._tree import PyTree, align, is_function, is_traced
 from optax_structure.labels import LabelFn, Labels
 from optax_structure.transforms._extra import Described, Rule, transformation
+from optax_structure.transforms.waiting import observed_flags
 
 
 def clip_by_global_norm(
@@ -58,13 +59,13 @@ def clip_by_global_norm(
         state: optax.EmptyState,
         params: optax.Params | None = None,
         *,
-        observed: PyTree = True,
+        observed: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params, extra_args
         leaves, treedef = jax.tree.flatten(updates)
         here = treedef.flatten_up_to(align("" if labels is None else labels, updates, "labels"))
-        flags = treedef.flatten_up_to(align(observed, updates, "observed"))
+        flags = observed_flags(observed, updates)
         read = [False if label in names else flag for label, flag in zip(here, flags, strict=True)]
         squares = [_square(leaf, flag) for leaf, flag in zip(leaves, read, strict=True) if flag is not False]
         norm = jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))

@@ -56,12 +56,26 @@ def skip_unobserved(inner: optax.GradientTransformation) -> optax.GradientTransf
         state: optax.OptState,
         params: optax.Params | None = None,
         *,
-        observed: PyTree = True,
+        observed: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        return update_where(inner, align(observed, updates, "observed"), updates, state, params, extra_args)
+        live = jax.tree.unflatten(jax.tree.structure(updates), observed_flags(observed, updates))
+        return update_where(inner, live, updates, state, params, extra_args)
 
     return transformation(inner.init, update_fn, Rule("skip_unobserved", inner=(inner,)))
+
+
+def observed_flags(observed: PyTree | None, updates: optax.Updates) -> list[Any]:
+    """What ``observed=`` says of every leaf: a Python bool, or a traced one; True of all where it was not passed.
+
+    Raises:
+      ValueError: for another structure, and for what is no bool: levels of ``gates`` mean the opposite.
+    """
+    flags = jax.tree.leaves(align(True if observed is None else observed, updates, "observed"))
+    for flag in flags:
+        if jnp.result_type(flag) != jnp.bool_:
+            raise ValueError(f"observed= holds {flag!r}, which is no bool: of gates pass oxs.observed(gates).")
+    return [_plain(flag) for flag in flags]
 
 
 def update_where(

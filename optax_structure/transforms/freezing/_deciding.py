@@ -38,21 +38,23 @@ class Cell(NamedTuple):
     was_read: Any = False
 
 
-def root_mean_square_if(grad: jax.Array, looked: Any) -> jax.Array:
-    """Of a whole leaf, float32 scalar; 0 where nobody looks, which is not computed."""
+def root_mean_square_if(grad: jax.Array, looked: Any, mask: Any) -> jax.Array:
+    """Of the living part of a leaf, float32 scalar; 0 where nobody looks, which is not computed."""
 
     def size() -> jax.Array:
         square = jnp.square(jnp.abs(grad).astype(jnp.float32))
-        return jnp.sqrt(jnp.sum(square) / max(grad.size, 1))
+        if not jnp.ndim(mask):
+            return jnp.sqrt(jnp.sum(square) / max(grad.size, 1))
+        return jnp.sqrt(jnp.sum(square, where=mask) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1))
 
     if isinstance(looked, bool):
         return size() if looked else jnp.zeros((), jnp.float32)
     return jax.lax.cond(looked, size, lambda: jnp.zeros((), jnp.float32))
 
 
-def magnitude(grad: jax.Array, looked: Any) -> jax.Array:
+def magnitude(grad: jax.Array, looked: Any, mask: Any) -> jax.Array:
     """Of every element, float32."""
-    del looked
+    del looked, mask
     return jnp.abs(grad).astype(jnp.float32)
 
 

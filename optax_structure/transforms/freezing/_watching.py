@@ -65,23 +65,31 @@ def mean_loss(value: Any) -> jax.Array:
 
 
 def watched(
-    watch: Watch, loss: jax.Array | None, before: Sequence[Cell], after: Sequence[Cell], every: Any, alarm: Any
+    watch: Watch,
+    loss: jax.Array | None,
+    before: Sequence[Cell],
+    after: Sequence[Cell],
+    looked: Sequence[Any],
+    every: Any,
+    alarm: Any,
 ) -> Watch:
     """The watch after an update: a probe is due when the frozen leaves have waited, or the loss has jumped."""
     held = _any([jnp.any(cell.frozen) for cell in after])
-    # Read were all that were frozen: a probe, or somebody who always computes everything.
-    probed = ~_any([jnp.any(then.frozen) & ~now.was_read for then, now in zip(before, after, strict=True)])
+    # All that were frozen were looked at: a probe, or somebody who always computes everything.
+    probed = ~_any([jnp.any(cell.frozen) & ~jnp.asarray(flag) for cell, flag in zip(before, looked, strict=True)])
     since_probe = jnp.where(held & ~probed, watch.since_probe + 1, 0).astype(jnp.int32)
     due = since_probe >= jnp.asarray(every, jnp.int32) - 1
     watch = watch._replace(since_probe=since_probe)
     if loss is None:
-        return watch._replace(probe=held & due)
+        return watch._replace(probe=held & (due | (watch.probe & ~probed)))
     ring = jnp.zeros((), bool)
     if alarm is not None:
         # A jump in a step whose frozen leaves were read says nothing that their gradients have not said.
         ring = held & ~probed & _jumps(watch, loss, alarm) & (watch.since_alarm >= every)
     since_alarm = jnp.where(ring, 0, jnp.minimum(watch.since_alarm + 1, jnp.asarray(every, jnp.int32)))
-    return _with_loss(watch, loss)._replace(since_alarm=since_alarm.astype(jnp.int32), probe=held & (due | ring))
+    # An alarm that nobody has answered yet goes on: who compiles plans does not look in every step.
+    probe = held & (due | ring | (watch.probe & ~probed))
+    return _with_loss(watch, loss)._replace(since_alarm=since_alarm.astype(jnp.int32), probe=probe)
 
 
 def _jumps(watch: Watch, loss: jax.Array, alarm: Any) -> jax.Array:

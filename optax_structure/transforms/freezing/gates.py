@@ -26,6 +26,10 @@ def gates(state: optax.OptState | PyTree, depths: PyTree | None = None) -> PyTre
     its depth are frozen, so that nothing learns from the gradient of its layer's inputs either: the backward pass ends
     there. A layer goes by the smallest number among its leaves (``gated`` sees to that).
 
+    The order of the depths is trusted: name the layers (``layer_depths(params, [...])``) where their paths do not sort
+    as they are called. What is trained beside these leaves, such as a prompt with an optimizer of its own, is not known
+    here, and has no gradient behind a 2: leave out ``depths`` for it.
+
     Args:
       state: an optimizer state with ``freeze_on_small_gradients`` in it (in a step that probes all gates are open), or
         which leaves are frozen: a tree of bools with the structure of params, a scalar a leaf or an array of its shape
@@ -51,6 +55,11 @@ def gates(state: optax.OptState | PyTree, depths: PyTree | None = None) -> PyTre
       Array(1, dtype=int32)
     """
     closed = jax.tree.map(_closed, skippable(state) if states_of(state) else state)
+    if odd := [flag for flag in jax.tree.leaves(closed) if jnp.result_type(flag) != jnp.bool_]:
+        raise ValueError(
+            f"nothing freezes in this state, and it is no tree of bools (it holds {odd[0]!r}): pass a state with "
+            "freeze_on_small_gradients(inner) in it, or which leaves are frozen."
+        )
     if depths is None:
         return jax.tree.map(lambda flag: _level(flag, False), closed)
     here = checked_depths(align(depths, closed, "depths"))
@@ -67,7 +76,7 @@ def _closed(flag: Any) -> Any:
     """One flag of a leaf: a Python bool where it is known before the program runs."""
     if isinstance(flag, bool | np.bool_):
         return bool(flag)
-    return jnp.all(flag)
+    return jnp.all(flag) if jnp.result_type(flag) == jnp.bool_ else flag
 
 
 def _and(one: Any, other: Any) -> Any:
@@ -176,6 +185,8 @@ def _least(gate: Any) -> Any:
                 "either), a bool, or a tree of such: see oxs.gates."
             )
     known = [int(level) for level in levels if isinstance(level, int | np.integer | np.bool_)]
+    if odd := [level for level in known if level not in (OPEN, WEIGHTS, ALL)]:
+        raise ValueError(f"gate={odd[0]} must be 0 (open), 1 (no gradient of the weights) or 2 (none of the inputs).")
     if len(known) == len(levels) or OPEN in known:
         return min(known, default=OPEN)
     traced = [jnp.asarray(level, jnp.int32) for level in levels]

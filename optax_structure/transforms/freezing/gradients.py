@@ -22,7 +22,7 @@ from optax_structure.transforms.freezing._deciding import (
     root_mean_square_if,
 )
 from optax_structure.transforms.freezing._watching import Watch, first_watch, mean_loss, watched
-from optax_structure.transforms.waiting import choose_state, update_where
+from optax_structure.transforms.waiting import choose_state, observed_flags, update_where
 
 
 class Readings(NamedTuple):
@@ -79,11 +79,12 @@ def freeze_on_small_gradients(
     """Freeze what has had small gradients for a while; thaw it when they come back.
 
     Of every leaf it keeps the running mean ``e`` of the root mean square of its gradient: ``norm / sqrt(size)``, so
-    that one threshold fits all shapes. A leaf freezes after ``patience`` readings in a row with ``e < threshold``, once
-    it has had ``min_steps`` readings; it thaws with a reading that has ``e > release * threshold``. The gates of a step
-    are those that ``frozen(state)`` showed before it, so what is decided in one step holds from the next. The update of
-    a frozen leaf is exactly 0, weight decay and momentum included, and its part of the state waits
-    (``skip_unobserved`` says what that means for a shared step count). Gates are data: nothing is traced again.
+    that one threshold fits all shapes (and densities: inside ``sparse`` only living connections count). A leaf freezes
+    after ``patience`` readings in a row with ``e < threshold``, once it has had ``min_steps`` readings; it thaws with a
+    reading that has ``e > release * threshold``. The gates of a step are those that ``frozen(state)`` showed before it,
+    so what is decided in one step holds from the next. The update of a frozen leaf is exactly 0, weight decay and
+    momentum included, and its part of the state waits (``skip_unobserved`` says what that means for a shared step
+    count). Gates are data: nothing is traced again.
 
     **Saving the backward pass.** Read the gates before it, skip what they allow, and say what was observed::
 
@@ -123,7 +124,7 @@ def freeze_on_small_gradients(
 
     Returns:
       A transformation; ``frozen(state)`` reads the gates. ``update`` reads ``observed=`` (see ``skip_unobserved``) and
-      ``value=``; both may be absent.
+      ``value=``; both may be absent. (A frozen leaf whose gradient is exactly 0 is then taken as not observed.)
 
     Raises:
       ValueError: for numbers out of range, ``groups`` with ``per="element"``, and at ``init`` for ``moments="reset"``
@@ -180,20 +181,25 @@ def freeze_on_small_gradients(
         params: optax.Params | None = None,
         *,
         value: Any = None,
-        observed: PyTree = True,
+        observed: PyTree | None = None,
+        masks: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, FreezeState]:
         leaves, treedef = jax.tree.flatten(updates)
-        extra_args |= {} if value is None else {"value": value}
+        extra_args |= {name: of for name, of in (("value", value), ("masks", masks)) if of is not None}
         loss = None if value is None else mean_loss(value)
         sound = jnp.ones((), bool) if loss is None else jnp.isfinite(loss)
-        looked = treedef.flatten_up_to(align(observed, updates, "observed"))
+        looked = observed_flags(observed, updates)
+        living = treedef.flatten_up_to(align(True if masks is None else masks, updates, "masks"))
         columns = [treedef.flatten_up_to(tree) for tree in (state.frozen, state.streak, *state.readings)]
         before = [Cell(*of) for of in zip(*columns, strict=True)]
         size_of = magnitude if by_element else root_mean_square_if
+        sizes = [size_of(leaf, flag, mask) for leaf, flag, mask in zip(leaves, looked, living, strict=True)]
+        if observed is None:
+            # Gated layers without `observed=`: a frozen leaf without any gradient was hardly looked at.
+            looked = [~(jnp.all(c.frozen) & jnp.all(size == 0)) for c, size in zip(before, sizes, strict=True)]
         read_now = [
-            read(cell, size_of(leaf, flag), flag, sound, decay)
-            for cell, leaf, flag in zip(before, leaves, looked, strict=True)
+            read(cell, size, flag, sound, decay) for cell, size, flag in zip(before, sizes, looked, strict=True)
         ]
         if by_element:
             after = decide_by_element(read_now, numbers)
@@ -206,7 +212,7 @@ def freeze_on_small_gradients(
             False if flag is False else now.was_read & ~then.frozen
             for flag, now, then in zip(looked, after, before, strict=True)
         ]
-        watch = watched(state.watch, loss, before, after, probe_every, alarm)
+        watch = watched(state.watch, loss, before, after, looked, probe_every, alarm)
         updates, inner_state = update_where(
             inner, treedef.unflatten(live), updates, state.inner_state, params, extra_args
         )
@@ -220,7 +226,7 @@ def freeze_on_small_gradients(
         return updates, FreezeState(gates, streak, Readings(*readings), watch, inner_state)
 
     shown = {name: value for name, value in numbers._asdict().items()} | {"decay": decay, "per": per}
-    cost = "13 B a weight" if by_element else "17 B a leaf"
+    cost = "13 B a weight" if by_element else "21 B a leaf"
     return transformation(init_fn, update_fn, Rule("freeze_on_small_gradients", shown, cost, (inner,)))
 
 

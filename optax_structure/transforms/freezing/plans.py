@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from optax_structure._tree import Params, PyTree, is_function, leaves_by_path, map_with_path
 from optax_structure.transforms._extra import check_number
 from optax_structure.transforms.depth import checked_depths
-from optax_structure.transforms.freezing.gradients import frozen, states_of
+from optax_structure.transforms.freezing.gradients import states_of
 from optax_structure.transforms.freezing.phases import DepthScales, FreezePhase, factors_by_phase
 
 
@@ -155,6 +156,7 @@ def plan_at(timetable: Timetable, update: int) -> FreezePlan:
       >>> [sorted(oxs.plan_at(table, update).paths) for update in (0, 99, 100)]
       [[], [], ['a']]
     """
+    check_number("update", update)
     return [plan for start, plan in timetable if start <= update][-1]
 
 
@@ -244,7 +246,8 @@ class PlanStep:
         """One step under ``plan``, or under the one that fits."""
         self.plan = self._fitting(args) if plan is None else plan
         if self.plan in self._compiled:
-            return self._compiled[self.plan](*args)
+            with contextlib.suppress(TypeError):  # other shapes than those it was compiled for, such as a last batch's
+                return self._compiled[self.plan](*args)
         return self._step(*args, plan=self.plan)
 
     def _fitting(self, args: tuple[Any, ...]) -> FreezePlan:
@@ -255,8 +258,13 @@ class PlanStep:
         states = states_of(args)
         if not states:
             raise ValueError("no argument holds a state of freeze_on_small_gradients: pass plan= yourself.")
-        gates, probes = jax.device_get((leaves_by_path(frozen(states)), [of.watch.probe for of in states]))
-        still = {path for path, gate in gates.items() if np.all(gate)}
+        trees, probes = jax.device_get(
+            ([leaves_by_path(of.frozen) for of in states], [of.watch.probe for of in states])
+        )
+        live = {path for gates in trees for path, gate in gates.items() if not np.all(gate)}
+        still = {path for gates in trees for path in gates} - live
+        if unknown := sorted(frozenset().union(*(plan.paths for plan in self.plans)) - still - live):
+            raise ValueError(f"plans name {unknown}, which are no leaves of the state's: {sorted(still | live)}.")
         fitting = max((p for p in self.plans if p.paths <= still), key=lambda p: len(p.paths))
         if not self._settled.paths <= still:
             self._settled = self._proposed = fitting
