@@ -597,6 +597,7 @@ ROWS = (
     ),
     Row(
         name="scale_by_freezeout",
+        slow=True,
         factory=oxs.scale_by_freezeout,
         arguments=lambda p: {"total_steps": 4, "depths": depths(p), "first": 0.3, "power": 2.0},
         bad=(
@@ -636,6 +637,7 @@ ROWS = (
     ),
     Row(
         name="clip_by_global_norm",
+        slow=True,
         factory=oxs.clip_by_global_norm,
         arguments=lambda p: {"max_norm": 0.5, "frozen": "scaffold", "labels": labels(p)},
         extra=lambda p: {"observed": True},
@@ -650,6 +652,7 @@ ROWS = (
     ),
     Row(
         name="skip_unobserved",
+        slow=True,
         factory=oxs.skip_unobserved,
         wraps=True,
         extra=lambda p: {"observed": jax.tree.map(lambda label: jnp.asarray(label == "new"), labels(p))},
@@ -754,6 +757,7 @@ ROWS = (
     ),
     Row(
         name="feedback_sgd",
+        slow=True,
         factory=feedback_sgd,
         wraps=True,
         arguments=lambda p: {"learning_rate": 0.5, "momentum": 0.8},

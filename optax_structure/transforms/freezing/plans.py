@@ -148,7 +148,17 @@ def progressive_plans(phases: Sequence[FreezePhase | tuple[int, DepthScales]], d
 
 
 def plan_at(timetable: Timetable, update: int) -> FreezePlan:
-    """The plan in force at an update, counted from 0.
+    """The plan in force at an update.
+
+    Args:
+      timetable: what ``progressive_plans`` or ``freezeout_plans`` returns.
+      update: counted from 0.
+
+    Returns:
+      The last plan that has begun.
+
+    Raises:
+      ValueError: for an update below 0.
 
     Example:
       >>> import optax_structure as oxs
