@@ -21,8 +21,9 @@ PARAMS = {"body": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}, "head": jnp
 def feedback(**fields: Any) -> FeedbackState:
     """A state with these fields; its other numbers are 0."""
     fields = jax.tree.map(lambda v: jnp.asarray(v, jnp.int32 if isinstance(v, int) else jnp.float32), fields)
-    empty = {"memory": {}, "lr_weights": {}, "momentum_weights": {}, "learning_rate": None, "momentum": None}
-    every = {name: jnp.zeros(()) for name in FeedbackState._fields} | empty | {"last": None}
+    empty = {name: {} for name in FeedbackState._fields if name.endswith(("_memory", "_weights"))}
+    every = {name: jnp.zeros(()) for name in FeedbackState._fields} | empty
+    every |= {"learning_rate": None, "momentum": None, "last": None}
     return FeedbackState(**every | fields)
 
 
@@ -38,8 +39,8 @@ SGD = feedback(
     momentum=0.9,
     fast=1.25,
     skipped=3,
-    lr_weights={"trend": 0.75, "variance": 0.25},
-    momentum_weights={"inverse": 1.0},
+    lr_weights={"lr_weights/trend": 0.75, "lr_weights/variance": 0.25},
+    momentum_weights={"momentum_weights/inverse": 1.0},
 )
 OF_SGD = {
     "lr": 0.05, "lr_scale": 0.5, "momentum": 0.9, "loss_ema": 1.25, "skipped": 3,
@@ -100,10 +101,10 @@ def test_names_that_meet_are_refused() -> None:
 
 def test_values_by_label_begin_with_it() -> None:
     state = feedback(
-        scale={"body": 1.0, "head": 2.0},
-        fast={"body": 3.0, "head": 4.0},
-        skipped={"body": 0, "head": 1},
-        lr_weights={"trend/body": 0.5, "trend/head": 0.25},
+        scale={"scale/body": 1.0, "scale/head": 2.0},
+        fast={"fast/body": 3.0, "fast/head": 4.0},
+        skipped={"skipped/body": 0, "skipped/head": 1},
+        lr_weights={"lr_weights/trend/body": 0.5, "lr_weights/trend/head": 0.25},
     )
     expected = {f"{label}/{name}": value for label, (scale, fast, skipped, weight) in
                 {"body": (1.0, 3.0, 0, 0.5), "head": (2.0, 4.0, 1, 0.25)}.items()

@@ -12,8 +12,7 @@ import optax
 
 from optax_structure._tree import PyTree, is_traced
 from optax_structure.transforms import feedback_rules as rules
-from optax_structure.transforms._extra import check_number
-from optax_structure.transforms.feedback_rules import FeedbackSignals, RuleWeights, WeightedRule, bare
+from optax_structure.transforms.feedback_rules import FeedbackSignals, RuleWeights, WeightedRule, bare, check_real
 
 DEFAULT_RATE: RuleWeights = {"trend": 0.6, "variance": 0.3, "grad_norm": 0.1}
 DEFAULT_MOMENTUM: RuleWeights = {"relative": 0.7, "inverse": 0.3}
@@ -49,17 +48,19 @@ class LastUpdate(NamedTuple):
 class FeedbackState(NamedTuple):
     """What the loop remembers: scalars of the whole network, which growth and relabelling leave alone.
 
-    With ``per_label=True`` each is a dict label -> scalar, and the keys of what is a dict anyway are ``rule/label``.
+    A number that is to be found again in another wrapping (by ``transfer_state``) needs a name of its own: so the keys
+    of all dicts say the field as well, ``lr_weights/trend``. With ``per_label=True`` each field is a dict, and its keys
+    end with the label: ``scale/new``, ``lr_weights/trend/new``.
 
     Attributes:
       count: int32, steps so far whose loss and gradient were finite.
       skipped: int32, the others.
       first, fast, slow: float32, see ``FeedbackSignals``.
-      variance, spread: float32, the squares of ``deviation`` and ``spread`` there.
+      deviation_squared, spread_squared: float32, of ``deviation`` and ``spread`` there.
       mean_grad_norm: float32, slow mean of the norms, the last included; 0 before the first.
       scale: float32, the multiplier of the base rate at the last step.
-      lr_memory, momentum_memory: rule -> float32, what it keeps.
-      lr_weights, momentum_weights: rule -> float32, what it counted at the last step; they add up to 1.
+      lr_memory, momentum_memory: float32, what each rule keeps.
+      lr_weights, momentum_weights: float32, what each rule counted at the last step; they add up to 1.
       learning_rate, momentum: float32, those of the last step; None where there is no such thing.
       last: ``LastUpdate``; None where no rule needs one.
     """
@@ -69,8 +70,8 @@ class FeedbackState(NamedTuple):
     first: Any
     fast: Any
     slow: Any
-    variance: Any
-    spread: Any
+    deviation_squared: Any
+    spread_squared: Any
     mean_grad_norm: Any
     scale: Any
     lr_memory: dict[str, jax.Array]
@@ -101,11 +102,11 @@ class Numbers(NamedTuple):
         whole = isinstance(steps, int) or jnp.issubdtype(getattr(steps, "dtype", np.dtype(bool)), jnp.integer)
         if steps is not None and not is_traced(steps) and (isinstance(steps, bool) or not whole or steps < 1):
             raise ValueError(f"total_steps={steps!r} must be an int >= 1, or None for weights that do not change.")
-        check_number("min_scale", self.min_scale, low=1e-30, high=1e30)
-        check_number("max_scale", self.max_scale, low=1e-30 if is_traced(self.min_scale) else self.min_scale, high=1e30)
-        check_number("min_momentum", self.min_momentum, high=1.0)
+        check_real("min_scale", self.min_scale, low=1e-30, high=1e30)
+        check_real("max_scale", self.max_scale, low=1e-30 if is_traced(self.min_scale) else self.min_scale, high=1e30)
+        check_real("min_momentum", self.min_momentum, high=1.0)
         low = 0.0 if is_traced(self.min_momentum) else self.min_momentum
-        check_number("max_momentum", self.max_momentum, low=low, high=1.0)
+        check_real("max_momentum", self.max_momentum, low=low, high=1.0)
         check_below_one("smooth", self.smooth)
         check_below_one("smooth_down", self.smooth_down)
         return self
@@ -117,7 +118,7 @@ class Numbers(NamedTuple):
 
 def check_below_one(name: str, value: Any) -> None:
     """Raise ``ValueError`` unless ``0 <= value < 1``."""
-    check_number(name, value, high=1.0)
+    check_real(name, value, high=1.0)
     if not is_traced(value) and value == 1:
         raise ValueError(f"{name}={value!r} must be below 1: at 1 nothing ever changes.")
 
@@ -143,6 +144,13 @@ class Control(NamedTuple):
         each = self.rate_rules + self.momentum_rules
         return [rule.name for rule in each if rule.reads & set(signals) and rule.name not in self.optional]
 
+    def check(self) -> Control:
+        """Raise ``ValueError`` for numbers out of range or order, and rules that read what is never there."""
+        self.numbers.check()
+        if self.numbers.total_steps is None and (blind := self.reading("progress")):
+            raise ValueError(f"total_steps=None says no progress, and the rules {blind} read it: pass total_steps=....")
+        return self
+
     def init(self) -> FeedbackState:
         """The state before the first step. An array for each: a state that is donated may not hold one twice."""
 
@@ -155,15 +163,15 @@ class Control(NamedTuple):
             first=number(),
             fast=number(),
             slow=number(),
-            variance=number(),
-            spread=number(),
+            deviation_squared=number(),
+            spread_squared=number(),
             mean_grad_norm=number(),
             # From below: the loop has to see the loss react before the rate is where it may be too high.
             scale=number(self.numbers.min_scale if self.rate_rules else 1.0),
-            lr_memory={rule.name: number() for rule in self.rate_rules},
-            momentum_memory={rule.name: number() for rule in self.momentum_rules},
-            lr_weights={rule.name: number() for rule in self.rate_rules},
-            momentum_weights={rule.name: number() for rule in self.momentum_rules},
+            lr_memory={f"lr_memory/{rule.name}": number() for rule in self.rate_rules},
+            momentum_memory={f"momentum_memory/{rule.name}": number() for rule in self.momentum_rules},
+            lr_weights={f"lr_weights/{rule.name}": number() for rule in self.rate_rules},
+            momentum_weights={f"momentum_weights/{rule.name}": number() for rule in self.momentum_rules},
             learning_rate=None if self.momentum is None else number(),
             momentum=None if self.momentum is None else number(self.momentum),
         )
@@ -172,9 +180,10 @@ class Control(NamedTuple):
         self, state: FeedbackState, loss: jax.Array, grad_norm: jax.Array | None, alignment: jax.Array | None
     ) -> tuple[jax.Array, FeedbackState]:
         """One step: whether it is a step (bool: loss and norm are finite), and the state after it. All are scalars."""
-        finite = jnp.isfinite(loss)
-        finite = finite if grad_norm is None else finite & jnp.isfinite(grad_norm)
         after, signals = _observe(state, loss, grad_norm, alignment, self.numbers.total_steps)
+        # Finite losses too far apart have no finite mean, and one that is infinite would never come back.
+        finite = jnp.isfinite(loss) & jnp.isfinite(after.fast) & jnp.isfinite(after.slow)
+        finite = finite if grad_norm is None else finite & jnp.isfinite(grad_norm)
         if self.momentum_rules:
             after = self._with_momentum(after, signals)
         if self.rate_rules:
@@ -188,8 +197,12 @@ class Control(NamedTuple):
         base, low, high = (jnp.asarray(bound, jnp.float32) for bound in bounds)
         weights = _normalised({rule.name: rule.weight for rule in self.momentum_rules})
         signals = signals._replace(base=base, low=low, high=high)
-        said, memory = _blend(self.momentum_rules, weights, signals, state.momentum_memory)
-        return state._replace(momentum=jnp.clip(said, low, high), momentum_memory=memory, momentum_weights=weights)
+        said, memory = _blend(self.momentum_rules, weights, signals, "momentum_memory", state.momentum_memory)
+        return state._replace(
+            momentum=jnp.clip(said, low, high),
+            momentum_memory=memory,
+            momentum_weights=_keyed("momentum_weights", weights),
+        )
 
     def _with_scale(
         self, state: FeedbackState, signals: FeedbackSignals, present: Sequence[WeightedRule]
@@ -197,7 +210,7 @@ class Control(NamedTuple):
         low, high = (jnp.log(jnp.asarray(b, jnp.float32)) for b in (self.numbers.min_scale, self.numbers.max_scale))
         weights = self._weights(present, signals.progress)
         signals = signals._replace(base=jnp.zeros((), jnp.float32), low=low, high=high)
-        said, memory = _blend(present, weights, signals, state.lr_memory)
+        said, memory = _blend(present, weights, signals, "lr_memory", state.lr_memory)
         goal, before = jnp.clip(said, low, high), jnp.log(state.scale)
         if self.momentum_rules:
             # With less momentum the same rate may no longer converge, and the loss would rise, and the momentum fall.
@@ -207,7 +220,7 @@ class Control(NamedTuple):
         return state._replace(
             scale=jnp.exp(before + (1 - keep) * (goal - before)),
             lr_memory=state.lr_memory | memory,
-            lr_weights=left_out | weights,
+            lr_weights=_keyed("lr_weights", left_out | weights),
         )
 
     def _weights(self, present: Sequence[WeightedRule], progress: jax.Array) -> dict[str, jax.Array]:
@@ -242,8 +255,8 @@ def _observe(
     from_fast, from_slow = (
         jnp.where(is_first, 0.0, jnp.clip(loss - mean, -1e18, 1e18)) for mean in (state.fast, state.slow)
     )
-    variance = state.variance + late * (from_fast**2 - state.variance)
-    spread = state.spread + late * (from_slow**2 - state.spread)
+    variance = state.deviation_squared + late * (from_fast**2 - state.deviation_squared)
+    spread = state.spread_squared + late * (from_slow**2 - state.spread_squared)
     unknown = jnp.full((), jnp.nan, jnp.float32)
     norm, mean_norm, mean_norm_after = unknown, unknown, state.mean_grad_norm
     if grad_norm is not None:
@@ -255,8 +268,8 @@ def _observe(
         first=jnp.where(is_first, loss, state.first),
         fast=fast,
         slow=slow,
-        variance=variance,
-        spread=spread,
+        deviation_squared=variance,
+        spread_squared=spread,
         mean_grad_norm=mean_norm_after,
     )
     return after, FeedbackSignals(
@@ -266,7 +279,7 @@ def _observe(
         first=after.first,
         deviation=jnp.sqrt(variance),
         spread=jnp.sqrt(spread),
-        surprise=jnp.where(count > _USUAL, ratio(from_fast, jnp.sqrt(state.variance)), 0.0),
+        surprise=jnp.where(count > _USUAL, ratio(from_fast, jnp.sqrt(state.deviation_squared)), 0.0),
         trend=jnp.tanh(ratio(slow - fast, jnp.sqrt(spread))),
         noise=ratio(variance, variance + slow**2),
         grad_norm=norm,
@@ -296,13 +309,27 @@ def _normalised(weights: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {name: weight / total for name, weight in each.items()}
 
 
+def _keyed(field: str, by_rule: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a field of the state holds of each rule: see ``FeedbackState``."""
+    return {f"{field}/{rule}": value for rule, value in by_rule.items()}
+
+
 def _blend(
-    present: Sequence[WeightedRule], weights: Mapping[str, jax.Array], signals: FeedbackSignals, memory: Mapping
+    present: Sequence[WeightedRule],
+    weights: Mapping[str, jax.Array],
+    signals: FeedbackSignals,
+    field: str,
+    memory: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted mean of what the rules say, and what they keep."""
+    """The weighted mean of what the rules say, and what they keep in ``field``.
+
+    An answer that is not finite changes nothing, and neither does what came with it: either would stay for good.
+    """
     said, kept = jnp.zeros((), jnp.float32), {}
     for rule in present:
-        answer, remembered = rule.rule(signals, memory[rule.name])
-        said = said + weights[rule.name] * jnp.asarray(answer, jnp.float32)
-        kept[rule.name] = jnp.asarray(remembered, jnp.float32)
-    return said, kept
+        before = memory[f"{field}/{rule.name}"]
+        answer, after = (jnp.asarray(each, jnp.float32) for each in rule.rule(signals, before))
+        sound = jnp.isfinite(answer) & jnp.isfinite(after)
+        said = said + weights[rule.name] * jnp.where(sound, answer, signals.base)
+        kept[rule.name] = jnp.where(sound, after, before)
+    return said, _keyed(field, kept)

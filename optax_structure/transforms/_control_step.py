@@ -50,9 +50,13 @@ def number(value: Any, name: str, of: str | None) -> jax.Array:
         if of not in value:
             raise ValueError(f"{name}= has no entry {of!r}; it has {sorted(value)}.")
         value, name = value[of], f"{name}[{of!r}]"
-    if jnp.shape(value) != ():
-        raise ValueError(f"{name}= must be a scalar, got shape {jnp.shape(value)}: pass its mean.")
-    return jnp.asarray(value, jnp.float32)
+    try:
+        scalar = jnp.asarray(value, jnp.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={value!r} must be a scalar: pass a number.") from error
+    if scalar.shape != ():
+        raise ValueError(f"{name}= must be a scalar, got shape {scalar.shape}: pass its mean.")
+    return scalar
 
 
 class Step(NamedTuple):

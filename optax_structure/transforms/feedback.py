@@ -27,7 +27,7 @@ def _parted(state: FeedbackState, names: Sequence[str]) -> FeedbackState:
         if field in _BY_RULE:
             fields[field] = {f"{rule}/{name}": of[i] for rule, of in value.items() for i, name in enumerate(names)}
         else:
-            fields[field] = {name: value[i] for i, name in enumerate(names)}
+            fields[field] = {f"{field}/{name}": value[i] for i, name in enumerate(names)}
     return state._replace(**fields)
 
 
@@ -36,9 +36,10 @@ def _joined(state: FeedbackState, names: Sequence[str], rules: Sequence[str]) ->
     fields = {field: value for field, value in state._asdict().items() if value}
     for field, value in fields.items():
         if field in _BY_RULE:
-            fields[field] = {rule: jnp.stack([value[f"{rule}/{name}"] for name in names]) for rule in rules}
+            keys = [f"{field}/{rule}" for rule in rules]
+            fields[field] = {key: jnp.stack([value[f"{key}/{name}"] for name in names]) for key in keys}
         else:
-            fields[field] = jnp.stack([value[name] for name in names])
+            fields[field] = jnp.stack([value[f"{field}/{name}"] for name in names])
     return state._replace(**fields)
 
 
@@ -107,8 +108,9 @@ def scale_by_feedback(
       others out.
 
     Raises:
-      ValueError: for unknown rules, numbers out of range, labels missing or given in vain; in ``update`` for a missing
-        ``value=`` or one that is no scalar, and for missing ``grads=`` where a rule that was asked for reads them.
+      ValueError: for unknown rules, rules that read ``progress`` without ``total_steps``, numbers out of range, labels
+        missing or given in vain; in ``update`` for a missing ``value=`` or one that is no scalar, and for missing
+        ``grads=`` where a rule that was asked for reads them.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_structure as oxs
@@ -120,9 +122,9 @@ def scale_by_feedback(
     References:
       Bernstein, 1912 (the polynomials); Baydin et al., 2018 (hypergradient).
     """
-    numbers = Numbers(dynamic_weights, total_steps, min_scale, max_scale, smooth, smooth_down).check()
+    numbers = Numbers(dynamic_weights, total_steps, min_scale, max_scale, smooth, smooth_down)
     rules = weighted_rules("lr_rules", DEFAULT_RATE if lr_rules is None else lr_rules, RATE_RULES)
-    loop = Control(rules, (), numbers, optional=frozenset({"grad_norm"} if lr_rules is None else ()))
+    loop = Control(rules, (), numbers, optional=frozenset({"grad_norm"} if lr_rules is None else ())).check()
     if per_label != (labels is not None) or is_function(labels):
         raise ValueError(
             f"per_label={per_label!r} with labels={'None' if labels is None else 'given'}: pass both, the labels as a "

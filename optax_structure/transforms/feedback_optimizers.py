@@ -18,8 +18,14 @@ from optax_structure.transforms._control import (
     check_below_one,
 )
 from optax_structure.transforms._control_step import Rate, number, stepped
-from optax_structure.transforms._extra import Described, Rule, check_number, require, transformation
-from optax_structure.transforms.feedback_rules import MOMENTUM_RULES, RATE_RULES, RuleWeights, weighted_rules
+from optax_structure.transforms._extra import Described, Rule, require, transformation
+from optax_structure.transforms.feedback_rules import (
+    MOMENTUM_RULES,
+    RATE_RULES,
+    RuleWeights,
+    check_real,
+    weighted_rules,
+)
 
 
 class FeedbackSgdState(NamedTuple):
@@ -40,7 +46,9 @@ class FeedbackAdamState(NamedTuple):
 
     Attributes:
       control: the loop's, as in ``FeedbackSgdState``.
-      mu, nu: of the structure, shapes and dtypes of params: the moments.
+      mu: of the structure, shapes and dtypes of params: the first moment.
+      nu: of the structure and shapes of params, real, float32 at least: the second moment. In bfloat16 it would stand
+        still where a step changes it by less than 1/256, long before it is what its weight says.
       mu_weight, nu_weight: float32 scalar a leaf: what the moment would be, had all gradients been 1.
     """
 
@@ -61,16 +69,21 @@ def _loop(
 ) -> Control:
     """The loop of an optimizer that has a momentum, called ``name``; everything checked."""
     if not callable(learning_rate):
-        check_number("learning_rate", learning_rate)
+        check_real("learning_rate", learning_rate)
     check_below_one(name, momentum)
     rates = weighted_rules("lr_rules", DEFAULT_RATE if lr_rules is None else lr_rules, RATE_RULES)
     given = DEFAULT_MOMENTUM if momentum_rules is None else momentum_rules
     momenta = weighted_rules("momentum_rules", given, MOMENTUM_RULES)
-    numbers.check()
+    loop = Control(rates, momenta, numbers, momentum).check()
     if momenta:
         check_below_one("max_momentum", numbers.max_momentum)
-        check_number(name, momentum, low=numbers.min_momentum, high=numbers.max_momentum)
-    return Control(rates, momenta, numbers, momentum)
+        low, high = numbers.min_momentum, numbers.max_momentum
+        if not any(map(is_traced, (low, momentum, high))) and not low <= momentum <= high:
+            raise ValueError(
+                f"{name}={momentum!r} must lie in [{low}, {high}], from min_momentum to max_momentum, between which "
+                "momentum_rules move it: pass other bounds too, or momentum_rules={}."
+            )
+    return loop
 
 
 def _rule(name: str, shown: dict[str, Any], loop: Control, moments: str) -> Rule:
@@ -139,8 +152,8 @@ def feedback_sgd(
       computed. The others' update is exactly 0, and their trace waits.
 
     Raises:
-      ValueError: for unknown rules and numbers out of range; in ``update`` for a missing ``value=`` or one that is no
-        scalar.
+      ValueError: for unknown rules, rules that read ``progress`` without ``total_steps``, and numbers out of range; in
+        ``update`` for a missing ``value=`` or one that is no scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_structure as oxs
@@ -183,12 +196,13 @@ def feedback_sgd(
             return (1 - m) / (1 - jnp.asarray(momentum, jnp.float32)) * grad + m * trace
 
         grads = jax.tree.leaves(updates)
-        new = [followed(grad, trace) for grad, trace in zip(grads, traces, strict=True)]
-        ways = [followed(grad, trace) for grad, trace in zip(grads, new, strict=True)] if nesterov else new
-        kept = [
-            jnp.where(move, after, before).astype(before.dtype)
-            for move, after, before in zip(step.moved, new, traces, strict=True)
+        # Chosen first and used from there: of what is overwritten and still read, XLA would make a copy.
+        new = [
+            jnp.where(move, followed(grad, trace), trace)
+            for move, grad, trace in zip(step.moved, grads, traces, strict=True)
         ]
+        ways = [followed(grad, trace) for grad, trace in zip(grads, new, strict=True)] if nesterov else new
+        kept = [after.astype(before.dtype) for after, before in zip(new, traces, strict=True)]
         return step.applied(updates, ways), FeedbackSgdState(step.control, treedef.unflatten(kept))
 
     shown = {"learning_rate": learning_rate, "momentum": momentum, "nesterov": nesterov}
@@ -219,8 +233,8 @@ def feedback_adam(
     The loop is that of ``feedback_sgd``, with ``b1`` as its momentum ``m``: ``mu <- m mu + (1 - m) g``. The bias
     correction of a decay that changes is no power of it: each leaf keeps ``w <- m w + (1 - m)``, the moment of a
     gradient of 1, by which ``mu`` is divided; so it does for ``b2``. A leaf that is born later, or whose gradient is
-    not always computed, is thereby right without a count. Without rules this is ``optax.adam`` (``optax.adamw``), to
-    rounding.
+    not always computed, is thereby right without a count. ``nu`` is float32 where the params are bfloat16. Without
+    rules this is ``optax.adam`` (``optax.adamw``), to rounding.
 
     A step whose loss or gradient is not finite updates nothing, as in ``feedback_sgd``.
 
@@ -260,21 +274,22 @@ def feedback_adam(
       Kingma & Ba, Adam, 2015; Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019.
     """
     check_below_one("b2", b2)
-    check_number("eps", eps)
-    check_number("weight_decay", weight_decay)
+    check_real("eps", eps)
+    check_real("weight_decay", weight_decay)
     bounds = (min_scale, max_scale, smooth, smooth_down, min_momentum, max_momentum)
     numbers = Numbers(dynamic_weights, total_steps, *bounds)
     loop = _loop(lr_rules, momentum_rules, numbers, learning_rate, "b1", b1)
     decays = is_traced(weight_decay) or weight_decay > 0
 
     def init_fn(params: optax.Params) -> FeedbackAdamState:
-        def zeros() -> PyTree:
-            return jax.tree.map(jnp.zeros_like, params)
+        def squares(p: jax.Array) -> jax.Array:
+            return jnp.zeros(p.shape, jnp.finfo(jnp.promote_types(p.dtype, jnp.float32)).dtype)
 
         def weights() -> PyTree:
             return jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params)
 
-        return FeedbackAdamState(loop.init(), zeros(), zeros(), weights(), weights())
+        mu, nu = (jax.tree.map(zeros, params) for zeros in (jnp.zeros_like, squares))
+        return FeedbackAdamState(loop.init(), mu, nu, weights(), weights())
 
     def direction(mu: jax.Array, nu: jax.Array, mu_weight: jax.Array, nu_weight: jax.Array) -> jax.Array:
         # A weight is 0 where there was no gradient yet, and the moment with it.
@@ -313,13 +328,17 @@ def feedback_adam(
                 m2 * nu_weight + (1 - m2),
             )
 
-        new = [followed(grad, moments) for grad, moments in zip(jax.tree.leaves(updates), held, strict=True)]
+        # As in feedback_sgd: chosen first.
+        new = [
+            [jnp.where(move, after, before) for after, before in zip(followed(grad, moments), moments, strict=True)]
+            for move, grad, moments in zip(step.moved, jax.tree.leaves(updates), held, strict=True)
+        ]
         ways = [direction(*of) for of in new]
         if decays:
             ways = [way + weight_decay * p for way, p in zip(ways, treedef.flatten_up_to(params), strict=True)]
         kept = [
-            [jnp.where(move, after, before).astype(before.dtype) for after, before in zip(*of, strict=True)]
-            for move, *of in zip(step.moved, new, held, strict=True)
+            [after.astype(before.dtype) for after, before in zip(*of, strict=True)]
+            for of in zip(new, held, strict=True)
         ]
         parts = [treedef.unflatten([of[part] for of in kept]) for part in range(4)]
         return step.applied(updates, ways), FeedbackAdamState(step.control, *parts)

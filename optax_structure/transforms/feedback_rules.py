@@ -2,11 +2,13 @@
 
 A rule is a pure function ``(signals, memory) -> (answer, memory)`` of scalars. A rule of the rate answers with the
 logarithm of a multiplier on the base rate, a rule of the momentum with a momentum. The memory is one float32 number
-that begins at 0 and is the rule's own. For other numbers than the defaults: ``functools.partial(trend_rate, up=0.01)``.
+that begins at 0 and is the rule's own. An answer or a memory that is not finite counts as ``base``, and the memory
+stays as it was. For other numbers than the defaults: ``functools.partial(trend_rate, up=0.01)``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -129,6 +131,10 @@ def variance_rate(signals: FeedbackSignals, memory: jax.Array, *, strength: floa
 
     Returns:
       The log multiplier, and the memory as it was.
+
+    Example:
+      >>> import functools, optax_structure as oxs
+      >>> tx = oxs.scale_by_feedback(lr_rules={functools.partial(oxs.variance_rate, strength=2.0): 1.0})
     """
     return -jnp.log1p(strength * signals.noise), memory
 
@@ -143,6 +149,10 @@ def grad_norm_rate(signals: FeedbackSignals, memory: jax.Array, *, limit: float 
 
     Returns:
       The log multiplier, and the memory as it was; 0 where no gradient was computed.
+
+    Example:
+      >>> import functools, optax_structure as oxs
+      >>> tx = oxs.feedback_sgd(0.1, lr_rules={functools.partial(oxs.grad_norm_rate, limit=0.5): 1.0})
     """
     known = (signals.grad_norm > 0) & (signals.mean_grad_norm > 0)
     ratio = jnp.where(known, signals.grad_norm, 1.0) / jnp.where(known, signals.mean_grad_norm, 1.0)
@@ -176,6 +186,10 @@ def cyclical_rate(
 
     References:
       Loshchilov & Hutter, SGDR, 2017.
+
+    Example:
+      >>> import functools, optax_structure as oxs
+      >>> tx = oxs.scale_by_feedback(lr_rules={functools.partial(oxs.cyclical_rate, period=500.0, growth=1.0): 1.0})
     """
     periods = (signals.count - 1).astype(jnp.float32) / period
     if growth == 1:
@@ -208,6 +222,10 @@ def hypergradient_rate(
 
     References:
       Baydin et al., Online Learning Rate Adaptation with Hypergradient Descent, 2018.
+
+    Example:
+      >>> import functools, optax_structure as oxs
+      >>> tx = oxs.feedback_sgd(0.1, lr_rules={functools.partial(oxs.hypergradient_rate, step=0.01): 1.0})
     """
     memory = jnp.clip(memory + step * signals.alignment, signals.low, signals.high)
     return memory, memory
@@ -229,29 +247,46 @@ def relative_momentum(
 
     Returns:
       The momentum, and its distance from the base.
+
+    Example:
+      >>> import functools, optax_structure as oxs
+      >>> tx = oxs.feedback_sgd(0.1, momentum_rules={functools.partial(oxs.relative_momentum, step=0.01): 1.0})
     """
     momentum = signals.base + memory + step * _beyond(signals.trend, dead_band)
     momentum = jnp.clip(momentum, signals.low, signals.high)
     return momentum, momentum - signals.base
 
 
-def inverse_momentum(signals: FeedbackSignals, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Let the momentum grow as the loss falls: the rule ``"inverse"``, ``low + (high - low) / (1 + fast / first)``.
+def inverse_momentum(
+    signals: FeedbackSignals, memory: jax.Array, *, tolerance: float = 3.0
+) -> tuple[jax.Array, jax.Array]:
+    """Let the momentum grow as the loss falls: the rule ``"inverse"``.
 
-    At the first loss it is the middle of the bounds, at a loss of 0 the upper one. The original says that the momentum
-    grows as the loss falls, and its formula ``1 - 1 / (1 + loss)`` does the opposite; this does what it says. Where the
-    first loss is not above 0 the share that is left of it means nothing: there it stays in the middle.
+    With the share ``r`` that is left of the first loss, ``x = 2 / (1 + r) - 1`` goes from 1 at a loss of 0 through 0
+    at the first loss to -1. The momentum goes with it: from the upper bound through the base momentum to the lower
+    bound. ``r = fast / first``, with ``fast`` taken to be nearer to ``first`` by ``tolerance`` deviations of the loss,
+    for the first loss is one noisy number. Where it is not above 0 its share means nothing: there the base momentum
+    stays. The original says that the momentum grows as the loss falls, and its formula ``1 - 1 / (1 + loss)`` does the
+    opposite; this does what it says.
 
     Args:
       signals: what was observed.
       memory: not used.
+      tolerance: deviations, >= 0.
 
     Returns:
       The momentum, and the memory as it was.
+
+    Example:
+      >>> import functools, optax_structure as oxs
+      >>> tx = oxs.feedback_sgd(0.1, momentum_rules={functools.partial(oxs.inverse_momentum, tolerance=1.0): 1.0})
     """
     positive = signals.first > 0
-    left = jnp.where(positive, jnp.maximum(signals.fast, 0.0) / jnp.where(positive, signals.first, 1.0), 1.0)
-    return signals.low + (signals.high - signals.low) / (1.0 + left), memory
+    change = jnp.maximum(signals.fast, 0.0) - signals.first
+    change = jnp.sign(change) * jnp.maximum(jnp.abs(change) - tolerance * signals.deviation, 0.0)
+    left = 1.0 + jnp.where(positive, change / jnp.where(positive, signals.first, 1.0), 0.0)
+    x = 2.0 / (1.0 + left) - 1.0
+    return signals.base + x * jnp.where(x > 0, signals.high - signals.base, signals.base - signals.low), memory
 
 
 def normalized_momentum(signals: FeedbackSignals, memory: jax.Array, *, gain: float = 0.5) -> tuple[Any, jax.Array]:
@@ -266,6 +301,10 @@ def normalized_momentum(signals: FeedbackSignals, memory: jax.Array, *, gain: fl
 
     Returns:
       The momentum, and the memory as it was.
+
+    Example:
+      >>> import functools, optax_structure as oxs
+      >>> tx = oxs.feedback_sgd(0.1, momentum_rules={functools.partial(oxs.normalized_momentum, gain=1.0): 1.0})
     """
     size = jnp.maximum(jnp.abs(signals.slow), signals.deviation)
     return signals.base + gain * (signals.slow - signals.fast) / jnp.maximum(size, 1e-30), memory
@@ -295,6 +334,16 @@ class WeightedRule(NamedTuple):
     rule: FeedbackRule
     weight: float
     reads: frozenset[str]
+
+
+def check_real(name: str, value: Any, *, low: float = 0.0, high: float = math.inf) -> None:
+    """``check_number`` that names what is no number at all as well."""
+    if not is_traced(value):
+        try:
+            float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}={value!r} must be a number.") from error
+    check_number(name, value, low=low, high=high)
 
 
 def bare(rule: Any) -> Any:
@@ -334,11 +383,14 @@ def weighted_rules(argument: str, given: RuleWeights, known: Mapping[str, Feedba
         rule = known[key] if isinstance(key, str) else key
         if not callable(rule):
             raise ValueError(f"{argument} holds {key!r}, which is neither the name of a rule nor a function.")
-        check_number(f"{argument}[{key!r}]", weight, high=1e6)
+        check_real(f"{argument}[{key!r}]", weight, high=1e6)
         name = base = key if isinstance(key, str) else getattr(bare(rule), "__name__", type(rule).__name__)
         while name in found:  # another partial of the same function
             name = f"{base}_{len(found) + 1}"
-        found[name] = WeightedRule(name, rule, weight, _reads(rule, f"{argument}[{key!r}]"))
+        reads = _reads(rule, f"{argument}[{key!r}]")
+        # A rule that counts nothing asks for nothing: what it says of signals that are not there is left out.
+        counts = is_traced(weight) or weight > 0
+        found[name] = WeightedRule(name, rule, weight, reads if counts else frozenset())
     weights = [rule.weight for rule in found.values()]
     if weights and not any(is_traced(weight) or weight > 0 for weight in weights):
         raise ValueError(f"{argument}={dict(given)!r} must give at least one rule a weight above 0.")

@@ -119,10 +119,13 @@ def _prefixed(feedbacks: list[tuple[tuple[str, ...], FeedbackState]]) -> Iterato
 
 def _of_feedback(node: FeedbackState) -> Iterator[tuple[str, jax.Array]]:
     for field, key in _SCALARS.items():
-        yield from _by_label(key, getattr(node, field))
+        value = getattr(node, field)
+        if isinstance(value, dict) and all(name.startswith(f"{field}/") for name in value):  # with per_label
+            value = {name.removeprefix(f"{field}/"): leaf for name, leaf in value.items()}
+        yield from _by_label(key, value)
     for field, key in _WEIGHTS.items():
         for name, weight in getattr(node, field).items():
-            rule, _, label = name.partition("/")  # with per_label
+            rule, _, label = name.removeprefix(f"{field}/").partition("/")  # with per_label
             yield from _by_label(f"{label}/{key}/{rule}".strip("/"), weight)
 
 
