@@ -14,11 +14,11 @@ import optax
 import pytest
 
 import optax_structure as oxs
-from optax_structure.transforms._control import FeedbackState
-from optax_structure.transforms.accumulating import accumulate_gradients
-from optax_structure.transforms.feedback import scale_by_feedback
-from optax_structure.transforms.feedback_optimizers import feedback_adam, feedback_sgd
-from optax_structure.transforms.feedback_rules import FeedbackSignals, trend_rate
+from optax_structure.transforms.feedback._control import FeedbackState
+from optax_structure.transforms.feedback.accumulating import accumulate_gradients
+from optax_structure.transforms.feedback.optimizers import feedback_adam, feedback_sgd
+from optax_structure.transforms.feedback.rate import scale_by_feedback
+from optax_structure.transforms.feedback.rules import FeedbackSignals, trend_rate
 
 PARAMS = {"a": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(2)}
 LABELS = {"a": "scaffold", "b": "new"}

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from optax_structure.transforms import feedback_rules as rules
-from optax_structure.transforms.feedback import scale_by_feedback
-from optax_structure.transforms.feedback_optimizers import feedback_sgd
-from optax_structure.transforms.feedback_rules import FeedbackSignals
+from optax_structure.transforms.feedback import rules
+from optax_structure.transforms.feedback.optimizers import feedback_sgd
+from optax_structure.transforms.feedback.rate import scale_by_feedback
+from optax_structure.transforms.feedback.rules import FeedbackSignals
 
 ONE = jnp.ones(())
 

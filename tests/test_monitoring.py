@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_structure as oxs
-from optax_structure.transforms._control import FeedbackState
+from optax_structure.transforms.feedback._control import FeedbackState
 from optax_structure.transforms.freezing.gradients import FreezeState
 from optax_structure.transforms.monitoring import snapshot
 

@@ -13,12 +13,12 @@ from optax_structure._tree import PyTree, align
 from optax_structure.labels import LabelFn, Labels
 from optax_structure.presets._recipe import Bounds, Schedule, by_label, check_direction, check_epoch
 from optax_structure.state import slots
-from optax_structure.transforms._control import FeedbackState, check_below_one
-from optax_structure.transforms._control_step import dot, flags_of, number
 from optax_structure.transforms._extra import Described, Rule, require, transformation
-from optax_structure.transforms.feedback import scale_by_feedback
-from optax_structure.transforms.feedback_optimizers import feedback_sgd
-from optax_structure.transforms.feedback_rules import RuleWeights, check_real
+from optax_structure.transforms.feedback._control import FeedbackState, check_below_one
+from optax_structure.transforms.feedback._control_step import dot, flags_of, number
+from optax_structure.transforms.feedback.optimizers import feedback_sgd
+from optax_structure.transforms.feedback.rate import scale_by_feedback
+from optax_structure.transforms.feedback.rules import RuleWeights, check_real
 from optax_structure.transforms.freezing.gradients import freeze_on_small_gradients
 from optax_structure.transforms.observe import observe
 from optax_structure.transforms.product import scale_by_product

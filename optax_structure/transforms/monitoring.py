@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from optax_structure._tree import Params, PyTree, leaves_by_path
-from optax_structure.transforms._control import FeedbackState
+from optax_structure.transforms.feedback._control import FeedbackState
 from optax_structure.transforms.freezing.gradients import FreezeState
 
 # Field of the state -> key. What a state does not know (the rate, where only its scale is controlled) is None there.

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_structure._tree import PyTree, is_traced
-from optax_structure.transforms._control import (
+from optax_structure.transforms._extra import Described, Rule, require, transformation
+from optax_structure.transforms.feedback._control import (
     DEFAULT_MOMENTUM,
     DEFAULT_RATE,
     Control,
@@ -17,9 +18,8 @@ from optax_structure.transforms._control import (
     Numbers,
     check_below_one,
 )
-from optax_structure.transforms._control_step import Rate, number, stepped
-from optax_structure.transforms._extra import Described, Rule, require, transformation
-from optax_structure.transforms.feedback_rules import (
+from optax_structure.transforms.feedback._control_step import Rate, number, stepped
+from optax_structure.transforms.feedback.rules import (
     MOMENTUM_RULES,
     RATE_RULES,
     RuleWeights,

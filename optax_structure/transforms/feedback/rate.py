@@ -11,11 +11,11 @@ import optax
 
 from optax_structure._tree import PyTree, align, is_function
 from optax_structure.labels import Labels
-from optax_structure.transforms._control import DEFAULT_RATE, Control, FeedbackState, LastUpdate, Numbers
-from optax_structure.transforms._control_step import cosine, dot, flags_of, number
 from optax_structure.transforms._extra import Rule, require
 from optax_structure.transforms._multiplier import Factors, Multiplier, every_leaf, multiplier
-from optax_structure.transforms.feedback_rules import RATE_RULES, RuleWeights, weighted_rules
+from optax_structure.transforms.feedback._control import DEFAULT_RATE, Control, FeedbackState, LastUpdate, Numbers
+from optax_structure.transforms.feedback._control_step import cosine, dot, flags_of, number
+from optax_structure.transforms.feedback.rules import RATE_RULES, RuleWeights, weighted_rules
 
 _BY_RULE = ("lr_memory", "momentum_memory", "lr_weights", "momentum_weights")
 

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from optax_structure._tree import PyTree, is_traced
-from optax_structure.transforms import feedback_rules as rules
-from optax_structure.transforms.feedback_rules import FeedbackSignals, RuleWeights, WeightedRule, bare, check_real
+from optax_structure.transforms.feedback import rules
+from optax_structure.transforms.feedback.rules import FeedbackSignals, RuleWeights, WeightedRule, bare, check_real
 
 DEFAULT_RATE: RuleWeights = {"trend": 0.6, "variance": 0.3, "grad_norm": 0.1}
 DEFAULT_MOMENTUM: RuleWeights = {"relative": 0.7, "inverse": 0.3}

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_structure._tree import align
-from optax_structure.transforms._control import Control, FeedbackState, ratio
 from optax_structure.transforms._multiplier import record, scaled
+from optax_structure.transforms.feedback._control import Control, FeedbackState, ratio
 
 Rate = float | jax.Array | optax.Schedule
 
