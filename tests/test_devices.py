@@ -150,6 +150,7 @@ def test_the_step_of_the_main_job_lowers_for_cpu_cuda_and_tpu(on_growth: str) ->
     assert exported.in_tree.num_leaves == len(jax.tree.leaves((carry, X, Y, index)))
 
 
+@pytest.mark.slow
 def test_the_step_lowers_after_growth_and_computes_the_same() -> None:
     job = begin()
     job = go_on(job, act(job, "insert_layer"))

@@ -425,6 +425,7 @@ def test_flax_containers_keep_their_type() -> None:
 # Connections ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10_000), number=st.integers(1, 60), init=st.sampled_from(["zeros", "fan_in"]))
 @settings(max_examples=25, deadline=None)
 def test_add_and_prune_count_exactly(seed: int, number: int, init: Any) -> None:

@@ -318,6 +318,7 @@ def test_the_step_lowers_for_every_platform(data: Data) -> None:
     assert exported.platforms == ("cpu", "cuda", "tpu")
 
 
+@pytest.mark.slow
 def test_dual_slows_the_scaffold(data: Data) -> None:
     """One step from the same state: updates of ``dual`` are those of ``none``, the scaffold's times its rate."""
     updates = []
@@ -333,6 +334,7 @@ def test_dual_slows_the_scaffold(data: Data) -> None:
     assert isinstance(updates[0], dict) and optax.tree.norm(updates[0]) > 0
 
 
+@pytest.mark.slow
 def test_dual_rates_of_what_was_inserted() -> None:
     """An inserted leaf runs at the rate of ``new``, its bias too, and at the scaffold's once its warm-up is over."""
     units = chain([6, 8, 4])

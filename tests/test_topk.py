@@ -131,6 +131,7 @@ def test_kth_largest_keeps_the_dtype(dtype: str) -> None:
     assert [int(v) for v in got] == [9, 9, 3, 1]
 
 
+@pytest.mark.slow
 def test_traced_count_in_jit_scan_and_vmap_without_retracing() -> None:
     scores = jnp.asarray(np.random.default_rng(3).normal(size=(5, 6)), jnp.float32)
     traces = []
