@@ -1,6 +1,6 @@
 """What steering by the loss costs: the step of a 784-512-512-10 network, batch 128, against plain momentum and Adam.
 
-    python benchmarks/feedback.py --out benchmarks/results/feedback.json
+python benchmarks/feedback.py --out benchmarks/results/feedback.json
 """
 
 from __future__ import annotations

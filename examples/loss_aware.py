@@ -32,7 +32,7 @@ options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
 options.add_argument("--seeds", type=int, default=5)
 options.add_argument("--log", help="write what the loop did in the noise (seed 0) to this file, as JSON lines")
 options.add_argument("--out", help="write the picture to this file")
-options.add_argument("--tiny", action="store_true", help="one seed, 120 steps")
+options.add_argument("--tiny", action="store_true", help="one seed, 120 steps, three arms")
 args = options.parse_args()
 
 SEEDS, STEPS, BATCH, SIZES = (1 if args.tiny else args.seeds), (120 if args.tiny else 960), 64, (64, 256, 256, 128, 10)
@@ -143,7 +143,9 @@ ARMS = {
     ),
     "feedback_sgd, hypergradient": functools.partial(oxs.feedback_sgd, lr_rules={"hypergradient": 1.0}),
 }
-OURS, PLAIN = "feedback_sgd", "SGD, constant"
+OURS, PLAIN, CUTS = "feedback_sgd", "SGD, constant", "SGD, reduce_on_plateau"
+if args.tiny:
+    ARMS = {name: ARMS[name] for name in (PLAIN, CUTS, OURS)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -181,7 +183,7 @@ if args.log:
 if args.out:
     figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(8, 7), sharex=True, constrained_layout=True)
     smooth = np.ones(10) / 10
-    for name, color in ((PLAIN, "#8a949c"), ("SGD, reduce_on_plateau", "#e69f00"), (OURS, "#0072b2")):
+    for name, color in ((PLAIN, "#8a949c"), (CUTS, "#e69f00"), (OURS, "#0072b2")):
         mean = np.mean([np.convolve(loss, smooth, "valid") for loss in records[name]["loss"]], axis=0)
         top.plot(np.arange(len(mean)) + 9, mean, color=color, label=name)
     top.set_yscale("log")
