@@ -57,7 +57,7 @@ options.add_argument("--networks", choices=("mlp", "cnn"), nargs="+", help="of t
 options.add_argument("--arms", choices=ARMS, nargs="+", help="of the savings")
 options.add_argument("--seeds", type=int, help="of savings and shift; few takes twice as many (5 on MNIST, else 2)")
 options.add_argument("--tune", action="store_true", help="seeds and images with which the numbers were chosen")
-options.add_argument("--out", type=Path, help="write all figures as JSON to this file")
+options.add_argument("--out", type=Path, help="JSON file for all figures; what it holds of other experiments stays")
 options.add_argument("--picture", type=Path, help="write the picture to this file")
 options.add_argument("--tiny", action="store_true", help="one seed, few steps")
 args = options.parse_args()
@@ -343,9 +343,8 @@ def arms_of(network: Network, numbers: Numbers) -> dict[str, Arm]:
 
 def whole(seconds: list[float]) -> float:
     """Of all turns: ten by ten their median, so that a turn in which the machine was taken away does not count."""
-    return sum(
-        float(np.median(seconds[at : at + 10])) * len(seconds[at : at + 10]) for at in range(0, len(seconds), 10)
-    )
+    tens = [seconds[at : at + 10] for at in range(0, len(seconds), 10)]
+    return sum(float(np.median(ten)) * len(ten) for ten in tens)
 
 
 def race(network: Network, numbers: Numbers, seed: int) -> dict[str, dict[str, Any]]:
@@ -574,8 +573,8 @@ def heat(axes: Any, levels: Any, steps: int) -> None:
 def picture(results: dict[str, Any]) -> Any:
     """Savings: accuracy against FLOPs, and what was frozen when. Shift: the loss, and what was frozen when."""
     figure, panels = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    if "mlp" in results.get("savings", {}):
-        of, axes = results["savings"]["mlp"], panels[0, 0]
+    if "savings mlp" in results:
+        of, axes = results["savings mlp"], panels[0, 0]
         for place, name in enumerate(of["arms"][0]):
             if name != AGAIN:
                 cost, right = (np.array([run[name][key] for run in of["arms"]]) for key in ("flops", "accuracy"))
@@ -601,13 +600,13 @@ def picture(results: dict[str, Any]) -> Any:
 
 # --- All of it --------------------------------------------------------------------------------------------------------
 
-results: dict[str, Any] = {}
-for part in args.only:
-    if part == "savings":
-        results[part] = {name: savings(name) for name in args.networks or NUMBERS}
-    else:
-        results[part] = shifted() if part == "shift" else few(range(FIRST_SEED, FIRST_SEED + 2 * SEEDS))
-    if args.out:
-        args.out.write_text(json.dumps(results))
+results: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+experiments = {f"savings {name}": partial(savings, name) for name in args.networks or NUMBERS}
+experiments |= {"shift": shifted, "few": partial(few, range(FIRST_SEED, FIRST_SEED + 2 * SEEDS))}
+for name, experiment in experiments.items():
+    if name.split()[0] in args.only:
+        results[name] = experiment()
+        if args.out:
+            args.out.write_text(json.dumps(results))
 if args.picture:
     picture(results).savefig(args.picture, dpi=150)
