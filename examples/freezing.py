@@ -594,7 +594,7 @@ def picture(results: dict[str, Any]) -> Any:
         run = of["arms"]["frozen, thaws"][0]
         heat(panels[1, 1], run["levels"], SHIFT_STEPS)
         panels[1, 1].axvline(run["shift"], color="C3", lw=1)
-        panels[1, 1].set_title(f"frozen, thaws: which layers are frozen (shift {run['shift']}, thaw {run['thaw']})")
+        panels[1, 1].set_title(f"frozen, thaws: shift in step {run['shift']}, thaw in step {run['thaw']}")
     return figure
 
 
