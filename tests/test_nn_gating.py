@@ -17,7 +17,7 @@ from flax import linen, nnx
 
 import optax_structure as oxs
 from optax_structure import nn
-from optax_structure._tree import leaves_by_path
+from optax_structure._tree import leaves_by_path, map_with_path
 
 RNG = np.random.default_rng(0)
 WIDTH = 6
@@ -577,3 +577,148 @@ def test_sparse_layers_take_a_gate(layer: Any) -> None:
             np.testing.assert_allclose(found, expected * (level < 1), rtol=1e-5, atol=1e-5 * (level < 1))
         np.testing.assert_allclose(of_x, plain[1] * (level < 2), rtol=1e-5, atol=1e-5 * (level < 2))
     assert "case" not in jax.jit(slopes).lower(params, x).as_text()
+
+
+# What a layer has in place of a parameter of its own.
+
+
+class Shifted(nnx.Module):
+    """A linear layer whose kernel is the sum of its own and of an open delta: LoRA by hand."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.base = nnx.Linear(3, 2, rngs=rngs)
+        self.delta = nnx.Param(jnp.full((3, 2), 0.1))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.base.kernel[...] = self.base.kernel[...] + self.delta[...]
+        return self.base(x)
+
+
+class Normed(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return linen.WeightNorm(linen.Dense(2))(x)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_a_frozen_layers_weights_are_computed_from_learns(kind: str, traced: bool, level: int) -> None:
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    if kind == "nnx":
+        model, frozen = Shifted(nnx.Rngs(0)), "base"
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def plain(params: Any) -> jax.Array:
+            return nnx.merge(graphdef, params, rest, copy=True)(x)
+    else:
+        model, frozen = Normed(), "Dense_0"
+        params = model.init(jax.random.key(0), x)["params"]
+
+        def plain(params: Any) -> jax.Array:
+            return model.apply({"params": params}, x)
+
+    apply = nn.gate_model(model)
+    shut = jnp.int32(level) if traced else level
+    gates = map_with_path(lambda path, _: shut if path.startswith(frozen) else 0, params)
+    got = leaves_by_path(jax.grad(lambda params: jnp.sum(apply(params, gates, x) ** 2))(params))
+    want = leaves_by_path(jax.grad(lambda params: jnp.sum(plain(params) ** 2))(params))
+    for path, gradient in got.items():
+        closed = path.startswith(frozen)
+        np.testing.assert_allclose(gradient, np.zeros_like(gradient) if closed else want[path], rtol=1e-6)
+        assert np.any(want[path])
+
+
+def test_all_of_linens_variables_may_be_passed_as_rest() -> None:
+    model, x = linen.Sequential([linen.Dense(4), linen.BatchNorm(use_running_average=True)]), jnp.ones((2, 3))
+    variables = model.init(jax.random.key(0), x)
+    apply = nn.gate_model(model, variables)
+    grads = jax.grad(lambda params: jnp.sum(apply(params, 0, x) ** 2))(variables["params"])
+    assert all(np.any(grad) for grad in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match="return_rest"):
+        apply(variables["params"], 0, x, mutable=["batch_stats"])
+
+
+def test_nnx_layers_of_odd_kinds_are_gated_or_left_alone() -> None:
+    class Registered:
+        def __init_subclass__(cls, *, tag: str = "") -> None:
+            super().__init_subclass__()
+
+    class Layer(Registered, nnx.Module):
+        def __init__(self) -> None:
+            self.pair = nnx.Param({"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)})
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            pair = self.pair.get_value()
+            return x @ pair["kernel"] + pair["bias"]
+
+    x = jnp.ones((2, 3))
+    bridged = nnx.bridge.ToNNX(linen.Dense(2), rngs=nnx.Rngs(0)).lazy_init(x)
+    model = nnx.Sequential(Layer(), bridged)
+    params = nnx.state(model, nnx.Param)
+    apply = nn.gate_model(model)
+    np.testing.assert_array_equal(apply(params, 0, x), model(x))
+    gates = map_with_path(lambda path, _: jnp.int32("pair" in path), params)
+    grads = leaves_by_path(jax.grad(lambda params: jnp.sum(apply(params, gates, x) ** 2))(params))
+    assert {path: bool(np.any(grad)) for path, grad in grads.items()} == {path: "pair" not in path for path in grads}
+
+
+def test_a_state_that_changes_after_the_model_was_read_is_not_seen() -> None:
+    model = nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0))
+    apply, params = nn.gate_model(model), nnx.state(model, nnx.Param)
+    before = apply(params, 0, jnp.ones((2, 3)))
+    model.mean[...] = jnp.full(3, 5.0)
+    np.testing.assert_array_equal(apply(params, 0, jnp.ones((2, 3))), before)
+    with pytest.raises(ValueError, match="rest= holds parameters"):
+        apply(params, 0, jnp.ones((2, 3)), rest=nnx.state(model))
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_a_module_of_at_that_is_never_called_is_named(kind: str) -> None:
+    class Encoder(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+        def encode(self, x: jax.Array) -> jax.Array:
+            return self.layer(x)
+
+        __call__ = encode
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.encoder = Encoder()
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.encoder.encode(x)
+
+    class LinenEncoder(linen.Module):
+        @linen.compact
+        def encode(self, x: jax.Array) -> jax.Array:
+            return linen.Dense(3)(x)
+
+    class LinenModel(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return LinenEncoder(name="encoder").encode(x)
+
+    x = jnp.ones((2, 3))
+    model = Model() if kind == "nnx" else LinenModel()
+    params = nnx.state(model, nnx.Param) if kind == "nnx" else model.init(jax.random.key(0), x)["params"]
+    with pytest.raises(ValueError, match="never calls 'encoder'"):
+        nn.gate_model(model, at=["encoder$"])(params, 0, x)
+
+
+@pytest.mark.parametrize("level", [5, -1, 0.5, "x", jnp.zeros(2, int)])
+def test_gates_that_are_no_levels_are_named_wherever_the_parameter_is_read(level: Any) -> None:
+    class Positions(nnx.Module):
+        def __init__(self) -> None:
+            self.table = nnx.Param(jnp.ones(3))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x + self.table[...]
+
+    model = nnx.Sequential(Positions(), nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    params = nnx.state(model, nnx.Param)
+    gates = map_with_path(lambda path, _: level if "table" in path else 0, params)
+    with pytest.raises(ValueError, match="gate="):
+        nn.gate_model(model)(params, gates, jnp.ones((2, 3)))

@@ -92,6 +92,7 @@ def _activate(
 
 def _nnx_call(model: nnx.Module) -> tuple[Callable[..., Any], Any]:
     graphdef, _, bound = nnx.split(model, nnx.Param, ...)
+    bound = jax.tree.map(lambda leaf: leaf, bound)  # as it is now, whatever becomes of the model's
 
     def call(params: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, tuple[Array, ...]], Any]:
         # Copies: a call that writes to a Variable (batch statistics) must not write to the caller's.
@@ -115,6 +116,7 @@ def _has_kernel(module: linen.Module, method: str) -> bool:
 
 def _linen_call(model: linen.Module, return_rest: bool) -> Callable[..., Any]:
     def call(params: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, tuple[Array, ...]], Any]:
+        rest = {name: of for name, of in rest.items() if name != "params"}  # the whole of variables was passed
         mutable = ["intermediates", *(rest if return_rest else ())]
         outputs, after = model.apply(
             {"params": params, **rest}, *args, mutable=mutable, capture_intermediates=_has_kernel, **kwargs

@@ -28,7 +28,7 @@ def gates(state: optax.OptState | PyTree, depths: PyTree | None = None) -> PyTre
 
     The order of the depths is trusted: name the layers (``layer_depths(params, [...])``) where their paths do not sort
     as they are called. What is trained beside these leaves, such as a prompt with an optimizer of its own, is not known
-    here, and has no gradient behind a 2: leave out ``depths`` for it.
+    here, and has no gradient behind a 2: leave out ``depths`` for it. So it is with derivatives by the inputs.
 
     Args:
       state: an optimizer state with ``freeze_on_small_gradients`` in it (in a step that probes all gates are open), or
@@ -118,6 +118,10 @@ def gated(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     With levels that are Python ints (of a ``FreezePlan``) the choice is made when the program is traced.
 
+    The forward pass does not know which branch will be taken and keeps what the whole one needs. Around a block of
+    several operations ``gated(jax.checkpoint(block))`` keeps the inputs alone and computes the rest again where the
+    gate is open: for a transformer's blocks that is less memory, and less time too (``benchmarks/freezing.py``).
+
     Write ``fn`` as one layer or one block: what stands outside has its backward pass whole, though behind a level 2 it
     works on zeros. Tell the optimizer with ``observed=observed(gates)`` which gradients are real. Under ``jax.vmap``
     over the gates both branches run and the right one is chosen: right, and nothing is saved. ``jax.jit``,
@@ -175,18 +179,24 @@ def gated(fn: Callable[..., Any]) -> Callable[..., Any]:
     return with_gate
 
 
+def checked_level(level: Any) -> Any:
+    """A level, as an int where it is known; ``ValueError`` for what is none."""
+    if not _is_level(level):
+        raise ValueError(
+            f"gate={level!r} must be an integer scalar (0 open, 1 no gradient of the weights, 2 none of the inputs "
+            "either), a bool, or a tree of such: see oxs.gates."
+        )
+    if not isinstance(level, int | np.integer | np.bool_):
+        return level
+    if int(level) not in (OPEN, WEIGHTS, ALL):
+        raise ValueError(f"gate={level} must be 0 (open), 1 (no gradient of the weights) or 2 (none of the inputs).")
+    return int(level)
+
+
 def _least(gate: Any) -> Any:
     """The smallest level of a gate; an int where it is known."""
-    levels = jax.tree.leaves(gate)
-    for level in levels:
-        if not _is_level(level):
-            raise ValueError(
-                f"gate={level!r} must be an integer scalar (0 open, 1 no gradient of the weights, 2 none of the inputs "
-                "either), a bool, or a tree of such: see oxs.gates."
-            )
-    known = [int(level) for level in levels if isinstance(level, int | np.integer | np.bool_)]
-    if odd := [level for level in known if level not in (OPEN, WEIGHTS, ALL)]:
-        raise ValueError(f"gate={odd[0]} must be 0 (open), 1 (no gradient of the weights) or 2 (none of the inputs).")
+    levels = [checked_level(level) for level in jax.tree.leaves(gate)]
+    known = [level for level in levels if isinstance(level, int)]
     if len(known) == len(levels) or OPEN in known:
         return min(known, default=OPEN)
     traced = [jnp.asarray(level, jnp.int32) for level in levels]
