@@ -560,6 +560,14 @@ def test_a_jump_thaws_within_a_step() -> None:
     assert run["frozen"][:158].all() and not run["frozen"][158:].any()
 
 
+def test_a_false_alarm_does_not_hide_a_true_one() -> None:
+    loss, body = noise(300), np.full(300, SMALL)
+    loss[150], loss[170:], body[170:] = 2.0, 20.0, 1.0
+    run = watched_run(loss, body)
+    assert np.flatnonzero(run["whole"])[:4].tolist() == [0, 100, 151, 171]
+    assert run["frozen"][:171].all() and not run["frozen"][171:].any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "student", "cauchy", "steps", "falling", "constant"])
 def test_at_most_a_fiftieth_of_the_steps_are_probes(kind: str) -> None:

@@ -14,6 +14,8 @@ from optax_structure.transforms.freezing._deciding import Cell
 LOSS_DECAY = 0.99
 SETTLED = 20
 """Losses before their spread means anything."""
+URGENT = 4.0
+"""A jump so many times as far as an alarm asks for rings however lately the last one did."""
 
 
 class Watch(NamedTuple):
@@ -85,7 +87,9 @@ def watched(
     ring = jnp.zeros((), bool)
     if alarm is not None:
         # A jump in a step whose frozen leaves were read says nothing that their gradients have not said.
-        ring = held & ~probed & _jumps(watch, loss, alarm) & (watch.since_alarm >= every)
+        # Noisy losses have peace after an alarm, but a false one must not hide a true one.
+        rested = watch.since_alarm >= every
+        ring = held & ~probed & _jumps(watch, loss, jnp.where(rested, alarm, URGENT * alarm))
     since_alarm = jnp.where(ring, 0, jnp.minimum(watch.since_alarm + 1, jnp.asarray(every, jnp.int32)))
     # An alarm that nobody has answered yet goes on: who compiles plans does not look in every step.
     probe = held & (due | ring | (watch.probe & ~probed))

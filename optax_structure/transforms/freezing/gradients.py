@@ -96,9 +96,9 @@ def freeze_on_small_gradients(
     schedule of the rate, outside: under ``per_leaf`` it would wait with the leaf.) A frozen leaf that nobody looks at
     could never thaw: so with every ``probe_every`` updates the gates open for one backward pass, and in the step after
     a loss that lies more than ``alarm`` standard deviations above its slow mean (``value=``; at most once in
-    ``probe_every`` updates). Readings that were skipped leave ``e`` alone; the next one after ``k`` updates weighs
-    ``1 - decay**k``. A gradient that is not finite, or comes with a loss that is not, is no reading and no pause: that
-    leaf stays where it is in that step, moments included.
+    ``probe_every`` updates, unless it lies four times as far). Readings that were skipped leave ``e`` alone; the next
+    one after ``k`` updates weighs ``1 - decay**k``. A gradient that is not finite, or comes with a loss that is not, is
+    no reading and no pause: that leaf stays where it is in that step, moments included.
 
     The original sets ``requires_grad=False`` and hopes that gradients return, which they cannot; the threshold there
     is on the norm, which grows with the size of the leaf.
