@@ -58,6 +58,19 @@ def stepper(tx: optax.GradientTransformation, params: Any, *batch: Any) -> Calla
     return run
 
 
+def norm_alone(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``inner``, and the norm of the gradients in the state: what any rule that reads it has to pay."""
+
+    def init_fn(params: Any) -> Any:
+        return jnp.zeros(()), inner.init(params)
+
+    def update_fn(grads: Any, state: Any, params: Any = None) -> Any:
+        updates, inner_state = inner.update(grads, state[1], params)
+        return updates, (optax.tree.norm(grads), inner_state)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
 def main() -> None:
     """Measure and report."""
     options = parser(__doc__ or "", rounds=60)
@@ -70,12 +83,14 @@ def main() -> None:
         "momentum": {
             "sgd with momentum": momentum,
             "scale_by_feedback, loss only": optax.chain(momentum, oxs.scale_by_feedback(lr_rules=RULES)),
+            "norm alone": norm_alone(momentum),
             "scale_by_feedback, grad_norm": oxs.observe(optax.chain(momentum, oxs.scale_by_feedback())),
             "feedback_sgd": oxs.feedback_sgd(1e-4),
         },
         "adam": {
             "adam": adam,
             "scale_by_feedback, loss only": optax.chain(adam, oxs.scale_by_feedback(lr_rules=RULES)),
+            "norm alone": norm_alone(adam),
             "scale_by_feedback, grad_norm": oxs.observe(optax.chain(adam, oxs.scale_by_feedback())),
             "feedback_adam": oxs.feedback_adam(1e-4),
         },

@@ -7,6 +7,8 @@ each with the first 0, 6 or 11 of 12 layers frozen:
 
 - ``gates``: ``freeze_on_small_gradients(per_leaf(adam))`` and ``gated`` layers (whole blocks in the transformer), with
   the depths known, so that the backward pass ends at the frontier (level 2);
+- ``gates, checkpoint``: the same with ``gated(jax.checkpoint(layer))``, which keeps a layer's inputs alone for its
+  backward pass; and ``plain, checkpoint``, so that the gates are not credited with what the memory saves;
 - ``gates, no depths``: the same without depths: the gradient of every layer's inputs is computed (level 1);
 - ``plan``: the same transformation under a static ``FreezePlan``;
 - ``labels``: ``freeze_labels(adam)``, static too, without any state of what is frozen.
@@ -47,18 +49,18 @@ def mlp(key: jax.Array, width: int = 1024, batch: int = 128) -> tuple[Any, Calla
     def layer(p: Any, x: jax.Array) -> jax.Array:
         return jax.nn.relu(x @ p["kernel"] + p["bias"])
 
-    def loss(params: Any, gates: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        for name in params:
-            x = layer(params[name], x) if gates is None else oxs.gated(layer)(gates[name], params[name], x)
-        return jnp.mean(jnp.square(x - y))
-
-    return params, loss, (jax.random.normal(keys[-2], (batch, width)), jax.random.normal(keys[-1], (batch, width)))
+    shape = (batch, width)
+    return params, _loss_through(layer), (jax.random.normal(keys[-2], shape), jax.random.normal(keys[-1], shape))
 
 
 def transformer(
     key: jax.Array, width: int = 128, sequences: int = 16, length: int = 64
 ) -> tuple[Any, Callable[..., jax.Array], tuple[Any, ...]]:
-    """The same for 12 pre-norm blocks over embedded tokens."""
+    """The same for 12 pre-norm blocks over embedded tokens.
+
+    Tokens are rows of one matrix, ``(sequences * length, width)``. Over two axes, outside of a branch, XLA on CPU
+    sums the gradient of a weight twice as slowly, and the plain program would lose by it.
+    """
     keys = jax.random.split(key, 6 * LAYERS + 2)
 
     def matrix(index: int, *shape: int) -> jax.Array:
@@ -80,17 +82,24 @@ def transformer(
 
     def block(p: Any, x: jax.Array) -> jax.Array:
         h = norm(x, p["norm_1"])
-        q, k, v = (jnp.reshape(h @ p[name], (*x.shape[:2], 4, -1)) for name in ("query", "key", "value"))
+        q, k, v = (jnp.reshape(h @ p[name], (sequences, length, 4, -1)) for name in ("query", "key", "value"))
         x = x + jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape) @ p["out"]
         return x + jax.nn.relu(norm(x, p["norm_2"]) @ p["up"]) @ p["down"]
 
-    def loss(params: Any, gates: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    shape = (sequences * length, width)
+    return params, _loss_through(block), (jax.random.normal(keys[-2], shape), jax.random.normal(keys[-1], shape))
+
+
+def _loss_through(layer: Callable[[Any, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+    """Mean squared error of one such layer after the other."""
+
+    def loss(params: Any, gates: Any, x: jax.Array, y: jax.Array, *, checkpoint: bool = False) -> jax.Array:
+        call = jax.checkpoint(layer) if checkpoint else layer
         for name in params:
-            x = block(params[name], x) if gates is None else oxs.gated(block)(gates[name], params[name], x)
+            x = call(params[name], x) if gates is None else oxs.gated(call)(gates[name], params[name], x)
         return jnp.mean(jnp.square(x - y))
 
-    shape = (sequences, length, width)
-    return params, loss, (jax.random.normal(keys[-2], shape), jax.random.normal(keys[-1], shape))
+    return loss
 
 
 def freezing() -> optax.GradientTransformationExtraArgs:
@@ -105,14 +114,14 @@ def with_frontier(state: Any, depths: Any, layers: int) -> Any:
     return state._replace(frozen=jax.tree.map(lambda depth: jnp.asarray(depth < layers), depths))
 
 
-def arms_of(params: Any, loss: Any, batch: Any, layers: int) -> dict[str, Callable[[], Any]]:
+def arms_of(params: Any, loss: Callable[..., Any], batch: Any, layers: int) -> dict[str, Callable[[], Any]]:
     """One donated step an arm, with the first ``layers`` frozen."""
     depths = oxs.layer_depths(params)
     plan = oxs.FreezePlan(frozenset(path for path, at in _paths(depths).items() if at < layers))
 
-    def gated(params: Any, state: Any, *batch: Any, known: bool) -> Any:
+    def gated(params: Any, state: Any, *batch: Any, known: bool = True, **how: Any) -> Any:
         gates = oxs.gates(state, depths if known else None)
-        value, grads = jax.value_and_grad(loss)(params, gates, *batch)
+        value, grads = jax.value_and_grad(loss)(params, gates, *batch, **how)
         updates, state = tx.update(grads, state, params, value=value, observed=oxs.observed(gates))
         return optax.apply_updates(params, updates), state
 
@@ -121,21 +130,27 @@ def arms_of(params: Any, loss: Any, batch: Any, layers: int) -> dict[str, Callab
         updates, state = tx.update(grads, state, params, value=value, observed=plan.observed(params))
         return optax.apply_updates(params, updates), state
 
-    def plain(params: Any, state: Any, *batch: Any, of: Any) -> Any:
-        updates, state = of.update(jax.grad(loss)(params, None, *batch), state, params)
+    def plain(params: Any, state: Any, *batch: Any, of: Any, **how: Any) -> Any:
+        updates, state = of.update(jax.grad(loss)(params, None, *batch, **how), state, params)
         return optax.apply_updates(params, updates), state
 
     tx = freezing()
     labels = jax.tree.map(lambda depth: "frozen" if depth < layers else "live", depths)
     labelled = oxs.freeze_labels(optax.adam(1e-5), "frozen" if layers else (), labels)
     steps = {
-        f"gates {layers}": (functools.partial(gated, known=True), tx),
+        f"gates {layers}": (gated, tx),
+        f"gates, checkpoint {layers}": (functools.partial(gated, checkpoint=True), tx),
         f"gates, no depths {layers}": (functools.partial(gated, known=False), tx),
         f"plan {layers}": (planned, tx),
         f"labels {layers}": (functools.partial(plain, of=labelled), labelled),
     }
     if not layers:
-        steps = {"plain": (functools.partial(plain, of=optax.adam(1e-5)), optax.adam(1e-5)), **steps}
+        adam = optax.adam(1e-5)
+        steps = {
+            "plain": (functools.partial(plain, of=adam), adam),
+            "plain, checkpoint": (functools.partial(plain, of=adam, checkpoint=True), adam),
+            **steps,
+        }
     runs = {}
     for name, (step, of) in steps.items():
         state = jax.jit(of.init)(params)
