@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports its own part and the parts in the rows above; the parts of one row do not know each other.
 ROWS = (
     {"_tree"},
-    {"labels", "structure", "schedules", "extrema", "sparsity"},
+    {"labels", "structure", "schedules", "extrema", "sparsity", "accounting"},
     {"state"},
     {"transforms"},
     {"presets"},
