@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optax_structure.nn import linen
 from optax_structure.nn.capture import capture
+from optax_structure.nn.fast import BlockLinear, FanInLinear, Index, to_blocks, to_fan_in, to_masked
 from optax_structure.nn.functional import masked_conv, masked_dense
 from optax_structure.nn.gating import gate_model
 from optax_structure.nn.initialisers import lsuv, sparse_init, sparse_init_tree
@@ -16,6 +17,12 @@ __all__ = [
     "Mask",
     "SparseLinear",
     "SparseConv",
+    "BlockLinear",
+    "FanInLinear",
+    "Index",
+    "to_blocks",
+    "to_fan_in",
+    "to_masked",
     "MLP",
     "Flatten",
     "masks_of",

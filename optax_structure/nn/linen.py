@@ -18,13 +18,25 @@ from jax import Array
 
 from optax_structure._tree import PyTree, leaves_by_path, map_with_path
 from optax_structure.nn.chain import Chain
+from optax_structure.nn.fast_linen import BlockDense, FanInDense, to_blocks, to_fan_in, to_masked
 from optax_structure.nn.functional import MaskedBy, Padding, check_layer, masked_conv, masked_dense
 from optax_structure.nn.initialisers import Initializer, kernel_mask, masked_kernel
 from optax_structure.nn.models import layer_names
 from optax_structure.sparsity.masks import random_masks
 from optax_structure.transforms.freezing.gates import gated
 
-__all__ = ["SparseDense", "SparseConv", "MLP", "Chain", "masks_of"]
+__all__ = [
+    "SparseDense",
+    "SparseConv",
+    "BlockDense",
+    "FanInDense",
+    "to_blocks",
+    "to_fan_in",
+    "to_masked",
+    "MLP",
+    "Chain",
+    "masks_of",
+]
 
 
 class _SparseLayer(linen.Module):
