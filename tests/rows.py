@@ -427,6 +427,28 @@ ROWS = (
         frozen=lambda p: {"masks": masks},
         frozen_where=off_mask,
     ),
+    Row(
+        name="sparse_rewired",
+        slow=True,
+        factory=oxs.sparse,
+        wraps=True,
+        arguments=lambda p: {"masks": masks(p), "rewire": oxs.set_rewiring(every=2)},
+        bad=(({"rewire": oxs.set_rewiring}, "must be a rule"),),
+    ),
+    Row(
+        name="sparse_rewired_by_gradients",
+        slow=True,
+        factory=oxs.sparse,
+        wraps=True,
+        arguments=lambda p: {"masks": masks(p), "rewire": oxs.rigl_rewiring(every=3, accumulate=True)},
+    ),
+    Row(
+        name="sparse_pruned",
+        slow=True,
+        factory=oxs.sparse,
+        wraps=True,
+        arguments=lambda p: {"masks": full_masks(p), "rewire": oxs.magnitude_pruning(0.5, every=1, stop=2)},
+    ),
     Row(name="observe", factory=oxs.observe, wraps=True, neutral=nothing),
     Row(
         name="observe_with_a_rule",

@@ -7,7 +7,6 @@ exactly 0 where there is no connection; a new connection of weight 0 leaves the 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from jax import Array
 from optax_structure._tree import Params, PyTree, align, leaves_by_path, map_with_path
 from optax_structure.extrema import Extrema
 from optax_structure.growth import _common as common
+from optax_structure.sparsity.draws import random_order
 from optax_structure.sparsity.topk import top_k_mask_tree
 from optax_structure.structure import Growth, Units
 
@@ -201,22 +201,11 @@ def _number(masks: Mapping[str, Array]) -> Array:
 
 
 def _random_order(key: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
-    """Random uint32 scores, no two of a leaf equal.
-
-    The position, put through two keyed rounds of MurmurHash3's finaliser, each a bijection: a fifth of the time of
-    ``jax.random.bits``, which would take as long as everything else that an event does, and more than good enough to
-    draw places from.
-    """
-    scores = {}
-    for number, path in enumerate(sorted(masks)):
-        shape = masks[path].shape
-        bits = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-        for salt in jax.random.bits(jax.random.fold_in(key, number), (2,)):
-            bits = (bits ^ salt ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-            bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-            bits = bits ^ (bits >> 16)
-        scores[path] = bits
-    return scores
+    """Random scores, no two of a leaf equal."""
+    return {
+        path: random_order(jax.random.fold_in(key, number), masks[path].shape)
+        for number, path in enumerate(sorted(masks))
+    }
 
 
 def _broadcast(scores: Mapping[str, Any], masks: Mapping[str, Array]) -> dict[str, Array]:

@@ -17,6 +17,8 @@ import numpy as np
 from jax import Array
 
 from optax_structure._tree import Params, PyTree, align, leaves_by_path, map_with_path
+from optax_structure.sparsity.draws import random_scores
+from optax_structure.sparsity.patterns import Pattern
 from optax_structure.sparsity.topk import top_k_mask
 
 Masks = PyTree
@@ -49,6 +51,7 @@ def random_masks(
     distribution: Literal["erk", "uniform"] = "erk",
     select: Callable[[str, Any], bool] = is_kernel,
     min_fan_in: int = 1,
+    pattern: Pattern | None = None,
 ) -> Masks:
     """Random masks with an exact number of connections, and no unit left without inputs.
 
@@ -69,6 +72,9 @@ def random_masks(
       select: ``select(path, leaf)`` says which leaves are sparse.
       min_fan_in: least number of incoming connections of every unit (last axis); a kernel's fan-in is the product
         of its other axes, so ``kh * kw * in`` for a convolution.
+      pattern: which connections exist together: ``tiles(...)``, ``constant_fan_in()``, ``groups_of(m)``. Every leaf
+        then has the whole number of tiles (inputs a unit, members a group) that is nearest to its share, at least one;
+        ``min_fan_in`` is not looked at.
 
     Returns:
       Tree of the structure of ``params``: bool arrays for selected leaves, a scalar ``True`` for the others.
@@ -76,7 +82,7 @@ def random_masks(
     Raises:
       ValueError: for a density outside (0, 1], or one that cannot pay for ``min_fan_in`` (the message names the
         smallest that can); a label without a density or a density without a label; a ``min_fan_in`` above a leaf's
-        fan-in; an unknown distribution; no selected leaf.
+        fan-in; an unknown distribution; no selected leaf; a leaf that the pattern does not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_structure as oxs
@@ -100,21 +106,61 @@ def random_masks(
     if not shapes:
         raise ValueError("select chooses no leaf of params, so there is nothing to mask; pass another select.")
     for path, shape in shapes.items():
-        if math.prod(shape[:-1]) < min_fan_in:
+        if pattern is not None:
+            pattern.check(path, shape)
+        elif math.prod(shape[:-1]) < min_fan_in:
             raise ValueError(f"min_fan_in={min_fan_in} exceeds the fan-in {math.prod(shape[:-1])} of {path!r}.")
 
-    counts: dict[str, int] = {}
-    for name, share, paths in _groups(density, labels, params, shapes):
-        counts |= _leaf_counts({path: shapes[path] for path in paths}, share, distribution, min_fan_in, name)
+    counts = leaf_counts(
+        params, density, labels, distribution, shapes=shapes, min_fan_in=0 if pattern is not None else int(min_fan_in)
+    )
     keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
 
     def mask_of(path: str, leaf: Any) -> Array:
         del leaf
         if path not in shapes:
             return jnp.asarray(True)
-        return _random_mask(keys[path], shapes[path], counts[path], int(min_fan_in))
+        shape = shapes[path]
+        if pattern is not None:
+            number = max(1, round(counts[path] / math.prod(shape) * pattern.cells(shape)))
+            return pattern.top(random_scores(keys[path], shape), jnp.int32(number), jnp.ones(shape, bool))
+        return _random_mask(keys[path], shape, counts[path], int(min_fan_in))
 
     return map_with_path(mask_of, params)
+
+
+def full_masks(params: Params, select: Callable[[str, Any], bool] = is_kernel) -> Masks:
+    """Masks of a network that is dense as yet: what pruning starts from.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``; only shapes are read.
+      select: ``select(path, leaf)`` says which leaves may become sparse.
+
+    Returns:
+      Tree of the structure of ``params``: all True for selected leaves, a scalar ``True`` for the others.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_structure as oxs
+      >>> oxs.full_masks({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})["kernel"].tolist()
+      [[True, True], [True, True]]
+    """
+    return map_with_path(lambda path, leaf: jnp.ones(leaf.shape if select(path, leaf) else (), bool), params)
+
+
+def leaf_counts(
+    params: Params,
+    density: float | Mapping[str, float],
+    labels: PyTree | Callable[[Params], PyTree] | None,
+    distribution: str,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    min_fan_in: int = 0,
+) -> dict[str, int]:
+    """How many connections each sparse leaf has at a density; ``shapes`` are those of the sparse leaves."""
+    counts: dict[str, int] = {}
+    for name, share, paths in _groups(density, labels, params, shapes):
+        counts |= _leaf_counts({path: shapes[path] for path in paths}, share, distribution, min_fan_in, name)
+    return counts
 
 
 def _groups(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,12 +14,13 @@ import optax
 from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path
 from optax_structure.state import slots
 from optax_structure.state.markers import Masks
-from optax_structure.state.moving import Change, CohortPlan, Move, move, move_in_place
+from optax_structure.state.moving import Change, CohortPlan, Move, estimated_again, move, move_in_place, move_one
 from optax_structure.state.planning import Mixed, Plan
 from optax_structure.state.slots import Entry
 from optax_structure.structure import Growth
 
 Shapes = dict[str, tuple[int, ...]]
+Arrays = Mapping[str, jax.Array]
 
 
 def shapes(params: Params) -> Shapes:
@@ -160,6 +161,53 @@ def carry_in_place(
     moved = move_in_place(tx, moves, cohorts, params, values, change)
     placed = [_like(value, leaves.get(path)) for value, path in zip(moved, paths, strict=True)]
     return jax.tree.unflatten(treedef, placed)
+
+
+class Renewal:
+    """What becomes of an optimizer's state when connections come and go inside a program, leaf by leaf.
+
+    Connections that appeared have no past, and those that went leave nothing. Cohorts stay: their transform is told
+    that the masks changed, and finds by itself who was born.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, state: optax.OptState, params: Params, paths: Collection[str]):
+        self.tx, self.params = tx, params
+        self.values, self.treedef = jax.tree.flatten(state)
+        leaves, params_def = jax.tree.flatten(params)
+        shapes = (tuple(value.shape for value in values) for values in (self.values, leaves))
+        of_state, of_params = shapes
+        moves, *_ = _plan_in_place(tx, self.treedef, of_state, params_def, of_params, frozenset(paths), frozenset(), ())
+        kept = ("keep", "cohort", "since", "unborn")
+        self.moves = {index: op for index, op in enumerate(moves) if op.kind not in kept and op.path in paths}
+
+    def arrays(self, paths: Collection[str]) -> dict[int, jax.Array]:
+        """The arrays of the state that follow the connections of some leaves."""
+        return {index: self.values[index] for index, op in self.moves.items() if op.path in paths}
+
+    def renewed(
+        self, arrays: Mapping[int, jax.Array], old_masks: Arrays, new_masks: Arrays, grads: Arrays
+    ) -> dict[int, jax.Array]:
+        """Those arrays after a change of masks."""
+        change = Change(old_masks=dict(old_masks), new_masks=dict(new_masks), grads=dict(grads))
+        fresh = jax.tree.leaves(self.tx.init(self.params))
+        # An array is its own old one: the transformation stays, so its state does not move.
+        return {index: move_one(self.moves[index], {self.moves[index].old: of}, fresh, index, change)
+                for index, of in arrays.items()}  # fmt: skip
+
+    def settled(
+        self, arrays: Mapping[int, jax.Array], old_masks: Arrays, new_masks: Arrays, grads: Arrays
+    ) -> dict[int, jax.Array]:
+        """Those arrays with second moments estimated again, by new gradients, for the connections that came.
+
+        The gradient that chose them was large by selection: a second moment that bounds their first updates by it
+        would hold them down for the length of its memory.
+        """
+        change = Change(old_masks=dict(old_masks), new_masks=dict(new_masks), grads=dict(grads))
+        return {index: estimated_again(self.moves[index], of, change) for index, of in arrays.items()}
+
+    def state(self, arrays: Mapping[int, jax.Array]) -> optax.OptState:
+        """The whole state, with other arrays in it."""
+        return jax.tree.unflatten(self.treedef, [arrays.get(i, value) for i, value in enumerate(self.values)])
 
 
 def _like(value: jax.Array, param: Any) -> jax.Array:

@@ -78,6 +78,22 @@ class Masks(NamedTuple):
     masks: PyTree
 
 
+class RewiringClock(NamedTuple):
+    """When, and from what, masks change by themselves.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      before: bool, the masks before the last rewiring: an array a sparse leaf, a scalar True for the others.
+      grads: float32, sum of the dense gradients since the last rewiring: an array a sparse leaf, a scalar 0 for the
+        others; ``()`` unless they are accumulated.
+    """
+
+    count: jax.Array
+    before: PyTree
+    grads: PyTree
+    serves_all_ages = True
+
+
 class Positions(NamedTuple):
     """Where each leaf stands among the leaves: a uint32 scalar a leaf, written anew for every new set of leaves."""
 

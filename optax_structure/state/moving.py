@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -136,7 +137,10 @@ def _second_moment(
     return jnp.where(born & some, fill, fresh).astype(fresh.dtype)
 
 
-def _move_one(op: Move, old: list[jax.Array], fresh: list[jax.Array], index: int, change: Change) -> jax.Array:
+def move_one(
+    op: Move, old: Sequence[jax.Array] | Mapping[int, jax.Array], fresh: Sequence[jax.Array], index: int, change: Change
+) -> jax.Array:
+    """One array of the new state."""
     new = fresh[index]
     if op.kind in ("fresh", "since"):
         return new
@@ -175,6 +179,21 @@ def _move_one(op: Move, old: list[jax.Array], fresh: list[jax.Array], index: int
     if op.second_moment:
         other = _second_moment(op, moved, new, carried, change, grad)
     return jnp.where(carried, moved, other)
+
+
+def estimated_again(op: Move, value: jax.Array, change: Change) -> jax.Array:
+    """An array whose second moments, where connections came, are filled in once more; all else stays.
+
+    By the mean of all that came: there is one gradient a connection, and the smaller half of those would be too small.
+    """
+    if not op.second_moment or op.kind != "elements":
+        return value
+    mask = change.new_masks[op.path]
+    born = mask & ~change.old_masks[op.path]
+    living, squared = mask & ~born, jnp.square(change.grads[op.path].astype(jnp.float32))
+    scale = jnp.maximum(_mean(squared, living), jnp.finfo(jnp.float32).tiny)
+    fill = _mean(value, living) * jnp.maximum(1.0, _mean(squared, born) / scale)
+    return jnp.where(born & jnp.any(living), fill, value).astype(value.dtype)
 
 
 def _since(op: Move, values: list[jax.Array], old: list[jax.Array]) -> jax.Array:
@@ -230,7 +249,7 @@ def _move_all(
     fresh: list[jax.Array],
     change: Change,
 ) -> list[jax.Array]:
-    values = [_move_one(op, old, fresh, index, change) for index, op in enumerate(moves)]
+    values = [move_one(op, old, fresh, index, change) for index, op in enumerate(moves)]
     for index, op in enumerate(moves):
         if op.kind == "since":  # reads its clock's count, which has been moved by now
             values[index] = _since(op, values, old)

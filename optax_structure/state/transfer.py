@@ -18,7 +18,7 @@ import optax
 from optax_structure._tree import Params, PyTree, align, leaves_by_path, put_together
 from optax_structure.state import slots
 from optax_structure.state.carrying import arrays, carry, carry_in_place, masks_in, moved_sources, shapes, with_grads
-from optax_structure.state.markers import Masks
+from optax_structure.state.markers import Masks, RewiringClock
 from optax_structure.state.moving import Change
 from optax_structure.state.planning import Mixed, is_hyperparam
 from optax_structure.state.slots import Entry
@@ -50,7 +50,8 @@ def transfer_state(
       bounded so well: with RAdam and MADGRAD it starts up to 6 times a fresh optimizer's, with AdaMax more slowly.)
     - A connection that left the mask loses its state; one that came in is fresh, with its birth and component entered
       in the cohorts of ``scale_by_connection``.
-    - Masks come from ``growth`` where it is given, else from ``new_tx``. Schedules of ``scale_by_label`` start again
+    - Masks come from ``growth`` where it is given, else from ``new_tx``; masks that rewire themselves go on as they are
+      in the state, where a leaf keeps its shape. Schedules of ``scale_by_label`` start again
       for leaves whose label changed. Hyperparameters edited in the state survive, unless ``new_tx`` was built with
       another value.
     - One counter over leaves of different age is an error by default (see ``mixed``). A counter without moments at the
@@ -102,10 +103,15 @@ def transfer_state(
             raise ValueError(f"growth.rename: {path!r} from {origin!r} must lead from an old leaf to a new one.")
     labels = leaves_by_path(growth.labels) if growth is not None else {}
     before = masks_in(old)
+    old_masks = {path: before[rename.get(path, path)] for path in leaves if rename.get(path, path) in before}
+    new_masks = arrays(growth.masks) if growth is not None else masks_in(new)
+    if growth is None and any(entry.kind is RewiringClock for entry in old):
+        stays = [path for path, of in old_masks.items() if path in new_masks and new_masks[path].shape == of.shape]
+        new_masks |= {path: old_masks[path] for path in stays}
     change = Change(
         sources=moved_sources(growth, shapes(old_params), leaves) if growth is not None else {},
-        old_masks={path: before[rename.get(path, path)] for path in leaves if rename.get(path, path) in before},
-        new_masks=arrays(growth.masks) if growth is not None else masks_in(new),
+        old_masks=old_masks,
+        new_masks=new_masks,
         born=arrays(growth.born) if growth is not None else {},
     )
     return carry(

@@ -12,6 +12,8 @@ from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_pa
 from optax_structure.state.cohorts import Cohorts, mark_absent
 from optax_structure.state.markers import Masks
 from optax_structure.transforms._extra import Rule, require, takes_extra_args, transformation
+from optax_structure.transforms.rewiring._event import first_clock, rewire_if_due
+from optax_structure.transforms.rewiring.rules import Rewiring
 
 
 def _masked(values: PyTree, masks: PyTree) -> PyTree:
@@ -95,10 +97,17 @@ def keep_masked() -> optax.GradientTransformationExtraArgs:
 
 
 class SparseState(NamedTuple):
-    """State of ``sparse``: the masks (bool, one array or scalar a leaf) and the inner optimizer's state."""
+    """State of ``sparse``.
+
+    Attributes:
+      masks: bool, one array or scalar a leaf.
+      inner_state: the inner optimizer's.
+      rewiring: ``RewiringClock``; ``()`` where nothing is rewired.
+    """
 
     masks: Masks
     inner_state: optax.OptState
+    rewiring: Any = ()
 
 
 def check_masks(masks: PyTree, params: Params) -> None:
@@ -122,7 +131,9 @@ def _mark_absent(state: optax.OptState, masks: PyTree) -> optax.OptState:
     return jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, Cohorts))
 
 
-def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.GradientTransformationExtraArgs:
+def sparse(
+    inner: optax.GradientTransformation, masks: PyTree, *, rewire: Rewiring | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Train only the connections of ``masks``, with any optimizer.
 
     ``mask_gradients -> inner -> keep_masked``, with the masks in the state: they are values, not code, so a change of
@@ -130,16 +141,24 @@ def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
     ``inner``, and with them ``masks=`` and ``masks_changed=``; a ``grads=`` (see ``observe``) is masked as
     the gradients are.
 
+    With ``rewire=`` the masks change by themselves, inside the compiled step: connections go and come (SET, RigL,
+    pruning; see ``rewiring``), a new one starts at 0 and without a past in the optimizer's state (its second moment is
+    what bounds its first updates, see ``transfer_state``), all others keep theirs bit for bit. The rule alone sees the
+    dense gradient, which is the step's own. State that has no entry a connection (the factors of Adafactor, a norm a
+    layer) stays as it is.
+
     Args:
       inner: the optimizer. It sees gradients that are 0 off the mask.
       masks: tree with the structure of params, or a function ``params -> masks``: bool arrays of the leaves' shapes,
         scalar ``True`` for a leaf that is not sparse (see ``random_masks``). Copied at ``init``.
+      rewire: ``set_rewiring()``, ``rigl_rewiring()``, ``magnitude_pruning(...)`` and others, or ``rewiring(...)``.
 
     Returns:
       A transformation whose ``update`` needs ``params``. Its state costs one byte a weight of the sparse leaves.
 
     Raises:
-      ValueError: at ``init``, for masks of another structure, shape or dtype than the params, naming the leaf.
+      ValueError: at ``init``, for masks of another structure, shape or dtype than the params, or without the pattern of
+        the rule, naming the leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_structure as oxs
@@ -155,6 +174,8 @@ def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
       Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018.
     """
     inner = takes_extra_args(inner)
+    if rewire is not None and not isinstance(rewire, Rewiring):
+        raise ValueError(f"rewire={rewire!r} must be a rule, such as oxs.rigl_rewiring(): call it.")
 
     def init_fn(params: optax.Params) -> SparseState:
         aligned = align(masks, params, "masks")
@@ -162,7 +183,10 @@ def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
             check_masks(aligned, params)
         # A copy: the state is usually donated, and the caller's masks must survive that.
         copies = jax.tree.map(lambda mask: jnp.array(mask, dtype=bool, copy=True), aligned)
-        return SparseState(masks=Masks(copies), inner_state=_mark_absent(inner.init(params), copies))
+        if rewire is not None and jax.tree.leaves(params):
+            rewire.check(params, copies)
+        clock = () if rewire is None else first_clock(rewire, copies)
+        return SparseState(Masks(copies), _mark_absent(inner.init(params), copies), clock)
 
     def update_fn(
         updates: optax.Updates,
@@ -176,12 +200,18 @@ def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
         del masks  # an enclosing sparse() may pass its own; this one owns these leaves
         if params is None:
             raise ValueError("sparse(...) needs params: call tx.update(grads, state, params).")
-        mine = state.masks.masks
+        mine, inner_state, clock = state.masks.masks, state.inner_state, state.rewiring
+        if rewire is not None:
+            step = rewire_if_due(rewire, inner, clock, mine, inner_state, params, updates)
+            mine, inner_state, clock = step.masks, step.inner_state, step.clock
+            masks_changed = masks_changed | step.changed
         if extra_args.get("grads") is not None:  # of an enclosing observe()
             extra_args["grads"] = _masked(align(extra_args["grads"], updates, "grads"), mine)
         updates, inner_state = inner.update(
-            _masked(updates, mine), state.inner_state, params, masks=mine, masks_changed=masks_changed, **extra_args
+            _masked(updates, mine), inner_state, params, masks=mine, masks_changed=masks_changed, **extra_args
         )
-        return jax.tree.map(_kept, updates, mine, params), SparseState(state.masks, inner_state)
+        return jax.tree.map(_kept, updates, mine, params), SparseState(Masks(mine), inner_state, clock)
 
-    return transformation(init_fn, update_fn, Rule("sparse", {}, "1 B a connection", (inner,)))
+    cost = "1 B a connection" if rewire is None else "2 B a connection" + " + 4" * rewire.accumulate
+    shown = {} if rewire is None else rewire.shown()
+    return transformation(init_fn, update_fn, Rule("sparse", shown, cost, (inner,)))
