@@ -60,7 +60,9 @@ def until(steps: int, share: float = 0.75) -> dict[str, Any]:
 def recipe(grow: Score = oxs.by_gradient) -> Arm:
     """The library's: a high rate that falls, and gradients gathered from one rewiring to the next."""
     return Arm(
-        lambda steps, density: oxs.rewiring(grow=grow, accumulate=grow is oxs.by_gradient, **until(steps)),
+        lambda steps, density: oxs.rewiring(
+            grow=grow, accumulate=100 if grow is oxs.by_gradient else 1, **until(steps)
+        ),
         rate=1e-2,
         cosine=True,
     )

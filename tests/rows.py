@@ -440,7 +440,7 @@ ROWS = (
         slow=True,
         factory=oxs.sparse,
         wraps=True,
-        arguments=lambda p: {"masks": masks(p), "rewire": oxs.rigl_rewiring(every=3, accumulate=True)},
+        arguments=lambda p: {"masks": masks(p), "rewire": oxs.rigl_rewiring(every=3, accumulate=2)},
     ),
     Row(
         name="sparse_pruned",

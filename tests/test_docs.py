@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "CONTRIBUTING.md", "examples/migrating.md", "examples/from_jaxpruner.md")
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "optax_structure").rglob("*.py")
@@ -39,7 +40,7 @@ def load(name: str) -> ModuleType:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.slow) for page in ("README.md", "CONTRIBUTING.md", "examples/migrating.md")],
+    [pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
 )
 def test_python_blocks_run_in_order(page: str) -> None:
     if page.startswith("examples/"):

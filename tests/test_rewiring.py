@@ -47,7 +47,7 @@ def rules() -> dict[str, oxs.Rewiring]:
     return {
         "set": oxs.set_rewiring(**times),
         "rigl": oxs.rigl_rewiring(**times),
-        "rigl, accumulated": oxs.rigl_rewiring(accumulate=True, **times),
+        "rigl, accumulated": oxs.rigl_rewiring(accumulate=2, **times),
         "rigl, tree": oxs.rigl_rewiring(per="tree", **times),
         "random": oxs.random_rewiring(**times),
         "magnitude": oxs.magnitude_pruning(0.1, initial_density=0.4, **times),
@@ -172,20 +172,20 @@ def test_a_density_by_label() -> None:
     assert counts_of(oxs.get_masks(state)) == {"hidden/kernel": round(9.6), "head/kernel": 24}
 
 
-def test_accumulated_gradients_are_the_mean_since_the_last_rewiring() -> None:
+@pytest.mark.parametrize(("accumulate", "place"), [(3, 1), (2, 2), (1, 3)])
+def test_gradients_are_accumulated_over_the_last_updates(accumulate: int, place: int) -> None:
     params, mask = {"k": jnp.zeros((1, 4))}, jnp.array([[True, False, False, False]])
-    steps = jnp.array([[[0.0, 5.0, 1.0, 0.0]], [[0.0, -5.0, 1.0, 0.0]], [[0.0, 0.0, 0.0, 2.0]]])
-    for accumulate, place in ((True, 3), (False, 3)):
-        del place
-        rule = oxs.rewiring(fraction=1.0, every=3, accumulate=accumulate)
-        tx = oxs.sparse(optax.sgd(0.0), {"k": mask}, rewire=rule)
-        state = tx.init(params)
-        for grad in steps:
-            _, state = tx.update({"k": grad}, state, params)
-        # By sums 0, 2 and 2 (the lower index first); by the last step 0, 0 and 2.
-        assert np.flatnonzero(oxs.get_masks(state)["k"]).tolist() == [2 if accumulate else 3]
-        if accumulate:
-            np.testing.assert_array_equal(state.rewiring.grads["k"], 0.0)
+    # Sums of the last three: 9, 6, 5; of the last two: 1, 5, 4; the last one: 1, 2, 4 ... in places 1, 2, 3.
+    steps = jnp.array([[[0.0, 8.0, 1.0, 1.0]], [[0.0, 0.0, 3.0, 0.0]], [[0.0, 1.0, 2.0, 4.0]]])
+    tx = oxs.sparse(optax.sgd(0.0), {"k": mask}, rewire=oxs.rewiring(fraction=1.0, every=3, accumulate=accumulate))
+    state = tx.init(params)
+    for grad in steps:
+        _, state = tx.update({"k": grad}, state, params)
+    assert np.flatnonzero(oxs.get_masks(state)["k"]).tolist() == [place]
+    if accumulate > 1:
+        np.testing.assert_array_equal(state.rewiring.grads["k"], 0.0)
+    else:
+        assert state.rewiring.grads == ()
 
 
 def test_where_nothing_has_a_gradient_growth_is_random_and_not_from_the_left() -> None:
@@ -389,7 +389,7 @@ def test_a_step_that_is_not_finite_is_rejected_whole() -> None:
 
 def test_the_clock_goes_through_a_transfer() -> None:
     params, masks = net()
-    tx = oxs.sparse(oxs.per_leaf(optax.scale_by_adam()), masks, rewire=oxs.rigl_rewiring(every=4, accumulate=True))
+    tx = oxs.sparse(oxs.per_leaf(optax.scale_by_adam()), masks, rewire=oxs.rigl_rewiring(every=4, accumulate=4))
     params, state = run(tx, params, 6)[-1]
     after = oxs.transfer_state(tx, state, params, tx, params)
     for (where, one), two in zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(state), strict=True):
@@ -417,6 +417,8 @@ def test_the_clock_goes_through_a_transfer() -> None:
         (lambda: oxs.rewiring(None, None), r"changes nothing"),
         (lambda: oxs.rewiring(None), r"fraction=0.3 is replaced, so it needs drop="),
         (lambda: oxs.rewiring(per="all"), r"per='all' must be"),
+        (lambda: oxs.rewiring(accumulate=0), r"accumulate=0 must be an integer from 1 to every=100"),
+        (lambda: oxs.rewiring(every=5, accumulate=6), r"accumulate=6 must be"),
         (lambda: oxs.rewiring(per="tree", pattern=oxs.tiles(4)), r"per='tree' lets all"),
         (lambda: oxs.sparse(optax.sgd(0.1), oxs.full_masks, rewire=oxs.set_rewiring), r"must be a rule.*call it"),
     ],

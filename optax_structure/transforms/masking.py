@@ -212,6 +212,6 @@ def sparse(
         )
         return jax.tree.map(_kept, updates, mine, params), SparseState(Masks(mine), inner_state, clock)
 
-    cost = "1 B a connection" if rewire is None else "2 B a connection" + " + 4" * rewire.accumulate
+    cost = "1 B a connection" if rewire is None else "2 B a connection" + " + 4" * (rewire.accumulate > 1)
     shown = {} if rewire is None else rewire.shown()
     return transformation(init_fn, update_fn, Rule("sparse", shown, cost, (inner,)))

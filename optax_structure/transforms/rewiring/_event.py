@@ -29,7 +29,7 @@ ByPath = Mapping[str, Array]
 
 def first_clock(rule: Rewiring, masks: PyTree) -> RewiringClock:
     """Nothing counted."""
-    grads = jax.tree.map(lambda mask: jnp.zeros(jnp.shape(mask), jnp.float32), masks) if rule.accumulate else ()
+    grads = jax.tree.map(lambda mask: jnp.zeros(jnp.shape(mask), jnp.float32), masks) if rule.accumulate > 1 else ()
     return RewiringClock(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, masks), grads)
 
 
@@ -56,14 +56,20 @@ def rewire_if_due(
     count = jnp.asarray(optax.safe_increment(clock.count), jnp.int32)
     if not sparse:  # an empty group of optax.partition
         return Step(jnp.zeros((), bool), masks, inner_state, clock._replace(count=count))
-    due = (count > rule.start) & ((count - rule.start) % rule.every == 0)
+    since = (count - rule.start) % rule.every
+    due = (count > rule.start) & (since == 0)
     due = due if rule.stop is None else due & (count <= rule.stop)
     age = min(_SETTLED, rule.every // 2)
-    settles = (count > rule.start + rule.every) & ((count - rule.start) % rule.every == age)
+    settles = (count > rule.start + rule.every) & (since == age)
     raw = leaves_by_path(grads)
     sums = {}
-    if rule.accumulate:
-        sums = {path: of + raw[path].astype(jnp.float32) for path, of in leaves_by_path(clock.grads).items() if of.ndim}
+    if rule.accumulate > 1:
+        # The last updates before a rewiring and that of the rewiring itself; the others cost nothing.
+        gathers = (count > rule.start) & (since > rule.every - rule.accumulate) | due
+        gathers = gathers if rule.stop is None else gathers & (count <= rule.stop)
+        for path, total in leaves_by_path(clock.grads).items():
+            if total.ndim:
+                sums[path] = jax.lax.cond(gathers, _added, lambda total, grad: total, total, raw[path])
     before = {path: of for path, of in leaves_by_path(clock.before).items() if path in sparse}
     choose = _Choice(rule, params, sparse, count)
     renewal = Renewal(inner, inner_state, params, sparse)
@@ -75,7 +81,7 @@ def rewire_if_due(
         # here; without it a copy of all masks is made in every step.
         masks = jax.lax.cond(count < 0, lambda of: jax.tree.map(jnp.logical_not, of), lambda of: of, masks)
         mine = {path: raw[path] for path in masks}
-        new = choose(masks, {path: of / rule.every for path, of in sums.items()} if sums else mine)
+        new = choose(masks, {path: of / rule.accumulate for path, of in sums.items()} if sums else mine)
         return new, masks, renewal.renewed(arrays, masks, new, mine), jax.tree.map(jnp.zeros_like, sums)
 
     def settle(arrays: Mapping[int, Array], masks: ByPath, before: ByPath) -> Any:
@@ -88,10 +94,14 @@ def rewire_if_due(
         renewed = jax.lax.cond(settles, settle, lambda arrays, *_: arrays, renewed, changed, old)
         sparse, before, arrays, sums = sparse | changed, before | old, arrays | renewed, sums | begun
     clock = clock._replace(before=map_with_path(lambda path, of: before.get(path, of), clock.before))
-    if rule.accumulate:
+    if rule.accumulate > 1:
         clock = clock._replace(grads=map_with_path(lambda path, of: sums.get(path, of), clock.grads))
     masks = map_with_path(lambda path, mask: sparse.get(path, mask), masks)
     return Step(due, masks, renewal.state(arrays), clock._replace(count=count))
+
+
+def _added(total: Array, grad: Array) -> Array:
+    return total + grad.astype(jnp.float32)
 
 
 def _part(values: ByPath, paths: list[str]) -> dict[str, Array]:

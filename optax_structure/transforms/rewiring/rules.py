@@ -32,7 +32,7 @@ class Rewiring(NamedTuple):
       every, start, stop: updates ``start + every, start + 2 * every, ...`` rewire, up to and with ``stop``.
       per: ``"leaf"``: every leaf ranks its own; ``"tree"``: all leaves compete.
       pattern: which connections go and come together.
-      accumulate: whether ``grow`` sees the mean gradient since the last rewiring, for 4 bytes a weight.
+      accumulate: over how many of the last gradients the one that ``grow`` sees is the mean.
       seed: of what is drawn at random: an int, or a JAX random key.
     """
 
@@ -45,7 +45,7 @@ class Rewiring(NamedTuple):
     stop: int | None
     per: Literal["leaf", "tree"]
     pattern: Pattern
-    accumulate: bool
+    accumulate: int
     seed: Any
 
     def progress(self, count: Array) -> Array:
@@ -104,7 +104,7 @@ def rewiring(
     stop: int | None = None,
     per: Literal["leaf", "tree"] = "leaf",
     pattern: Pattern | None = None,
-    accumulate: bool = False,
+    accumulate: int = 1,
     seed: Any = 0,
 ) -> Rewiring:
     """A rule of your own: any way to rank what goes, any to rank what comes, and how many of them.
@@ -126,7 +126,8 @@ def rewiring(
       stop: the last update that may rewire; ``None``: no end.
       per: ``"leaf"``: every leaf keeps its number; ``"tree"``: all leaves compete, in scores as they are.
       pattern: ``tiles(...)``, ``constant_fan_in()``, ``groups_of(m)``: the masks must have it from the start.
-      accumulate: ``grow`` sees the mean gradient since the last rewiring, not that of one batch. 4 bytes a weight.
+      accumulate: ``grow`` sees the mean of so many of the last gradients, from 1 (that of one batch) to ``every``.
+        Above 1 it costs 4 bytes a weight, and in those updates one more pass over them.
       seed: of what is drawn at random: an int, or a JAX random key (which may be traced: one a member of ``vmap``).
 
     Returns:
@@ -159,6 +160,10 @@ def rewiring(
         raise ValueError(f"per={per!r} must be 'leaf' or 'tree'.")
     if per == "tree" and pattern is not None:
         raise ValueError(f"per='tree' lets all connections compete, so pattern={pattern!r} must be None.")
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int | np.integer) or not 1 <= accumulate <= every:
+        raise ValueError(
+            f"accumulate={accumulate!r} must be an integer from 1 to every={every}: a number of gradients."
+        )
     return Rewiring(
         drop, grow, fraction, budget or Kept(), every, start, stop, per, pattern or Single(), accumulate, seed
     )

@@ -16,7 +16,7 @@ class ScoredLeaf(NamedTuple):
 
     Attributes:
       weight: the parameters; exactly 0 where there is no connection.
-      grad: the dense gradient of this step, or its mean since the last rewiring (``accumulate=True``).
+      grad: the dense gradient of this step, or the mean of the last ones (``accumulate=``).
       mask: bool, the connections that exist.
       key: a JAX random key of this leaf and step.
     """
