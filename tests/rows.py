@@ -432,15 +432,8 @@ ROWS = (
         slow=True,
         factory=oxs.sparse,
         wraps=True,
-        arguments=lambda p: {"masks": masks(p), "rewire": oxs.set_rewiring(every=2)},
-        bad=(({"rewire": oxs.set_rewiring}, "must be a rule"),),
-    ),
-    Row(
-        name="sparse_rewired_by_gradients",
-        slow=True,
-        factory=oxs.sparse,
-        wraps=True,
         arguments=lambda p: {"masks": masks(p), "rewire": oxs.rigl_rewiring(every=3, accumulate=2)},
+        bad=(({"rewire": oxs.set_rewiring}, "must be a rule"),),
     ),
     Row(
         name="sparse_pruned",
