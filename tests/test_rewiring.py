@@ -422,6 +422,9 @@ def test_the_clock_goes_through_a_transfer() -> None:
         (lambda: oxs.rewiring(None, None), r"changes nothing"),
         (lambda: oxs.rewiring(None), r"fraction=0.3 is replaced, so it needs drop="),
         (lambda: oxs.rewiring(per="all"), r"per='all' must be"),
+        (lambda: oxs.rewiring(None, fraction=lambda step: 0.3), r"is replaced, so it needs drop="),
+        (lambda: oxs.rewiring(seed=1.5), r"seed=1.5 must be an int or a JAX random key"),
+        (lambda: oxs.proportional_growth(0.1, per="tree"), r"per='tree': every leaf grows by its own"),
         (lambda: oxs.rewiring(accumulate=0), r"accumulate=0 must be an integer from 1 to every=100"),
         (lambda: oxs.rewiring(every=5, accumulate=6), r"accumulate=6 must be"),
         (lambda: oxs.rewiring(per="tree", pattern=oxs.tiles(4)), r"per='tree' lets all"),
@@ -479,3 +482,88 @@ def test_two_of_four_is_pruned_to_exactly() -> None:
     _, state = run(oxs.sparse(optax.sgd(0.0), oxs.full_masks, rewire=rule), params, 2)[-1]
     kept, size = np.asarray(oxs.get_masks(state)["k"]).reshape(4, 4, 10), np.abs(params["k"]).reshape(4, 4, 10)
     np.testing.assert_array_equal(kept, size >= np.sort(size, axis=1)[:, 2:3])
+
+
+# What a fresh reading found.
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        oxs.rigl_rewiring(every=10, stop=35),
+        oxs.rigl_rewiring(every=10, stop=30, fraction=lambda step: 0.3),
+        oxs.proportional_growth(0.2, every=10, stop=30),
+    ],
+    ids=["odd stop", "schedule", "growth"],
+)
+def test_after_the_last_rewiring_has_settled_nothing_is_touched(rule: oxs.Rewiring) -> None:
+    params = {"k": jax.random.normal(jax.random.key(0), (16, 16))}
+    masks = oxs.random_masks(jax.random.key(1), params, 0.3)
+    tx = oxs.sparse(optax.scale_by_adam(), masks, rewire=rule)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for step in range(1, 60):
+        grads, before = gradients(params, step), state
+        _, state = update(grads, state, params)
+        if step > 36:
+            kept = np.asarray(oxs.get_masks(state)["k"])
+            wanted = 0.999 * before.inner_state.nu["k"] + 0.001 * np.square(grads["k"])
+            np.testing.assert_allclose(state.inner_state.nu["k"][kept], wanted[kept], rtol=1e-5)
+
+
+def test_a_tile_counts_by_its_sum_though_entries_are_zero() -> None:
+    mask = jnp.zeros((4, 6), bool).at[:2, :2].set(True)
+    grads = jnp.zeros((4, 6)).at[0, 2].set(1.0).at[:2, 4:].set(1e-6)  # one entry of a tile, all of another
+    rule = oxs.rigl_rewiring(fraction=1.0, every=1, pattern=oxs.tiles(2))
+    tx = oxs.sparse(optax.sgd(0.0), {"k": mask}, rewire=rule)
+    _, state = tx.update({"k": grads}, tx.init({"k": mask * 1.0}), {"k": mask * 1.0})
+    np.testing.assert_array_equal(oxs.get_masks(state)["k"], jnp.zeros((4, 6), bool).at[:2, 2:4].set(True))
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["rewires", "settles"])
+def test_an_inner_optimizer_may_reject_the_step_that_rewires(step: int) -> None:
+    params, masks = net()
+    tx = oxs.sparse(optax.apply_if_finite(optax.adam(1e-2), 5), masks, rewire=oxs.rigl_rewiring(every=4))
+    update, state = jax.jit(tx.update), tx.init(params)
+    for turn in range(1, 13):
+        grads = gradients(params, turn)
+        grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads) if turn == step else grads
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert counts_of(oxs.get_masks(state)) == counts_of(masks)
+
+
+def test_what_an_optimizer_keeps_of_a_dropped_weight_is_zero() -> None:
+    params, masks = net()
+    tx = oxs.sparse(optax.contrib.schedule_free_sgd(1e-2), masks, rewire=oxs.set_rewiring(every=3))
+    params, state = run(tx, params, 7)[-1]
+    kept = oxs.get_masks(state)["hidden"]["kernel"]
+    averaged = optax.contrib.schedule_free_eval_params(state.inner_state, params)["hidden"]["kernel"]
+    assert not np.asarray(averaged)[~np.asarray(kept)].any()
+
+
+def test_groups_of_a_partition_draw_different_places() -> None:
+    params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+    tx = oxs.sparse(optax.sgd(0.0), oxs.full_masks, rewire=oxs.random_pruning(0.3, every=1, stop=1))
+    both = optax.partition({"one": tx, "two": tx}, {"a": "one", "b": "two"})
+    masks = oxs.get_masks(run(both, params, 1)[-1][1])
+    assert (np.asarray(masks["a"]) != np.asarray(masks["b"])).any()
+
+
+def test_a_pattern_is_checked_under_jit_too() -> None:
+    tx = oxs.sparse(optax.sgd(0.1), {"k": jnp.eye(8, 6, dtype=bool)}, rewire=oxs.set_rewiring(pattern=oxs.tiles(4)))
+    with pytest.raises(ValueError, match="'k' does not have the pattern"):
+        jax.jit(tx.init)({"k": jnp.ones((8, 6))})
+
+
+def test_observe_stands_inside() -> None:
+    params, masks = net()
+    with pytest.raises(ValueError, match="put observe first inside"):
+        oxs.observe(oxs.sparse(optax.adam(1e-3), masks, rewire=oxs.set_rewiring())).init(params)
+
+
+def test_a_score_of_another_shape_is_named() -> None:
+    params, masks = net()
+    tx = oxs.sparse(optax.sgd(0.1), masks, rewire=oxs.rewiring(lambda leaf: leaf.weight.sum(0), every=1))
+    with pytest.raises(ValueError, match=r"has shape \(4,\) for 'head/kernel', whose shape is \(12, 4\)"):
+        tx.update(params, tx.init(params), params)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from optax_structure.sparsity.topk import top_k_mask_tree
 
 
 def random_order(key: Array, shape: tuple[int, ...]) -> Array:
@@ -27,3 +31,28 @@ def random_order(key: Array, shape: tuple[int, ...]) -> Array:
 def random_scores(key: Array, shape: tuple[int, ...]) -> Array:
     """Random float32 scores in [0, 1), of 24 bits: as many as a float32 there tells apart."""
     return (random_order(key, shape) >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def top_k_at_random(scores: Mapping[str, Array], k: Array, where: Mapping[str, Array], key: Array) -> dict[str, Array]:
+    """``top_k_mask_tree`` of float32 scores that draws among those that tie for the last places.
+
+    Where many are exactly 0, as weights just born or gradients of dead inputs are, the lowest index would win.
+    """
+    chosen = dict(top_k_mask_tree(dict(scores), k, dict(where)))
+    edge = functools.reduce(
+        jnp.minimum, [jnp.min(of, where=chosen[path], initial=jnp.inf) for path, of in scores.items()]
+    )
+    tied = {path: where[path] & (of == edge) for path, of in scores.items()}
+    places = _number({path: of & chosen[path] for path, of in tied.items()})
+
+    def draw() -> dict[str, Array]:
+        keys = jax.random.split(key, len(tied))
+        orders = {path: random_order(one, of.shape) for (path, of), one in zip(tied.items(), keys, strict=True)}
+        drawn = top_k_mask_tree(orders, places, tied)
+        return {path: (chosen[path] & ~tied[path]) | drawn[path] for path in chosen}
+
+    return jax.lax.cond(_number(tied) > places, draw, lambda: chosen)
+
+
+def _number(masks: Mapping[str, Array]) -> Array:
+    return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks.values()), jnp.int32(0))

@@ -123,7 +123,8 @@ def random_masks(
         shape = shapes[path]
         if pattern is not None:
             number = max(1, round(counts[path] / math.prod(shape) * pattern.cells(shape)))
-            return pattern.top(random_scores(keys[path], shape), jnp.int32(number), jnp.ones(shape, bool))
+            one, two = jax.random.split(keys[path])
+            return pattern.top(random_scores(one, shape), jnp.int32(number), jnp.ones(shape, bool), two)
         return _random_mask(keys[path], shape, counts[path], int(min_fan_in))
 
     return map_with_path(mask_of, params)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_structure.sparsity.topk import top_k_mask
+from optax_structure.sparsity.draws import top_k_at_random
 
 Shape = tuple[int, ...]
 
@@ -37,8 +37,8 @@ class Pattern(Protocol):
         """How many of them exist: int32 scalar."""
         ...
 
-    def top(self, scores: Array, k: Array, where: Array) -> Array:
-        """A mask of the ``k`` cells with the highest scores among those that ``where`` holds whole."""
+    def top(self, scores: Array, k: Array, where: Array, key: Array) -> Array:
+        """A mask of the ``k`` cells with the highest scores among those of ``where``; ties are drawn."""
         ...
 
 
@@ -58,8 +58,8 @@ class Single(NamedTuple):
     def count(self, mask: Array) -> Array:
         return jnp.sum(mask, dtype=jnp.int32)
 
-    def top(self, scores: Array, k: Array, where: Array) -> Array:
-        return top_k_mask(scores, k, where)
+    def top(self, scores: Array, k: Array, where: Array, key: Array) -> Array:
+        return _top(scores, k, where, key)
 
 
 class Tiles(NamedTuple):
@@ -86,11 +86,11 @@ class Tiles(NamedTuple):
     def count(self, mask: Array) -> Array:
         return jnp.sum(self._corners(mask), dtype=jnp.int32)
 
-    def top(self, scores: Array, k: Array, where: Array) -> Array:
+    def top(self, scores: Array, k: Array, where: Array, key: Array) -> Array:
         rows, columns = self._grid(scores.shape)
         pads = ((0, rows * self.rows - scores.shape[0]), (0, columns * self.columns - scores.shape[1]))
         tiles = jnp.pad(scores, pads).reshape(rows, self.rows, columns, self.columns)
-        chosen = top_k_mask(jnp.sum(tiles, axis=(1, 3)), k, self._corners(where))
+        chosen = _top(jnp.sum(tiles, axis=(1, 3)), k, self._corners(where), key)
         return self._whole(chosen, scores.shape)
 
     def _grid(self, shape: Shape) -> tuple[int, int]:
@@ -126,8 +126,10 @@ class Grouped(NamedTuple):
     def count(self, mask: Array) -> Array:
         return jnp.sum(self._grouped(mask)[0], dtype=jnp.int32)
 
-    def top(self, scores: Array, k: Array, where: Array) -> Array:
-        chosen = jax.vmap(top_k_mask, in_axes=(0, None, 0))(self._grouped(scores), k, self._grouped(where))
+    def top(self, scores: Array, k: Array, where: Array, key: Array) -> Array:
+        groups = self._grouped(scores)
+        keys = jax.random.split(key, len(groups))
+        chosen = jax.vmap(_top, in_axes=(0, None, 0, 0))(groups, k, self._grouped(where), keys)
         units = scores.shape[-1]
         return jnp.moveaxis(chosen.reshape(-1, units, self.cells(scores.shape)), 1, 2).reshape(scores.shape)
 
@@ -135,6 +137,10 @@ class Grouped(NamedTuple):
         """(groups, members)."""
         size, units = self.cells(values.shape), values.shape[-1]
         return jnp.moveaxis(values.reshape(-1, size, units), 1, 2).reshape(-1, size)
+
+
+def _top(scores: Array, k: Array, where: Array, key: Array) -> Array:
+    return top_k_at_random({"": scores}, k, {"": where}, key)[""]
 
 
 def tiles(rows: int, columns: int | None = None) -> Tiles:

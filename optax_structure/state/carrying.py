@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path
+from optax_structure._tree import Params, PyTree, align, is_traced, leaves_by_path, map_with_path
 from optax_structure.state import slots
 from optax_structure.state.markers import Masks
 from optax_structure.state.moving import Change, CohortPlan, Move, estimated_again, move, move_in_place, move_one
@@ -176,7 +176,10 @@ class Renewal:
         leaves, params_def = jax.tree.flatten(params)
         shapes = (tuple(value.shape for value in values) for values in (self.values, leaves))
         of_state, of_params = shapes
-        moves, *_ = _plan_in_place(tx, self.treedef, of_state, params_def, of_params, frozenset(paths), frozenset(), ())
+        # Not from the cache: inside a program the transformation may hold tracers.
+        moves, *_ = _plan_in_place.__wrapped__(
+            tx, self.treedef, of_state, params_def, of_params, frozenset(paths), frozenset(), ()
+        )
         kept = ("keep", "cohort", "since", "unborn")
         self.moves = {index: op for index, op in enumerate(moves) if op.kind not in kept and op.path in paths}
 
@@ -189,7 +192,12 @@ class Renewal:
     ) -> dict[int, jax.Array]:
         """Those arrays after a change of masks."""
         change = Change(old_masks=dict(old_masks), new_masks=dict(new_masks), grads=dict(grads))
-        fresh = jax.tree.leaves(self.tx.init(self.params))
+        # What went has no weight either: some optimizers begin with a copy of the parameters.
+        begun = map_with_path(
+            lambda path, leaf: jnp.where(new_masks[path], leaf, jnp.zeros_like(leaf)) if path in new_masks else leaf,
+            self.params,
+        )
+        fresh = jax.tree.leaves(self.tx.init(begun))
         # An array is its own old one: the transformation stays, so its state does not move.
         return {index: move_one(self.moves[index], {self.moves[index].old: of}, fresh, index, change)
                 for index, of in arrays.items()}  # fmt: skip

@@ -145,7 +145,8 @@ def sparse(
     pruning; see ``rewiring``), a new one starts at 0 and without a past in the optimizer's state (its second moment is
     what bounds its first updates, see ``transfer_state``), all others keep theirs bit for bit. The rule alone sees the
     dense gradient, which is the step's own. State that has no entry a connection (the factors of Adafactor, a norm a
-    layer) stays as it is.
+    layer) stays as it is. Mask the params first (``apply_masks``). What freezes goes around ``sparse``, as
+    ``freeze_labels(sparse(...))``: inside, a frozen leaf would lose connections and get none.
 
     Args:
       inner: the optimizer. It sees gradients that are 0 off the mask.
@@ -184,7 +185,7 @@ def sparse(
         # A copy: the state is usually donated, and the caller's masks must survive that.
         copies = jax.tree.map(lambda mask: jnp.array(mask, dtype=bool, copy=True), aligned)
         if rewire is not None and jax.tree.leaves(params):
-            rewire.check(params, copies)
+            rewire.check(params, aligned)
         clock = () if rewire is None else first_clock(rewire, copies)
         return SparseState(Masks(copies), _mark_absent(inner.init(params), copies), clock)
 

@@ -11,6 +11,7 @@ import optax
 from jax.extend import core
 
 from optax_structure._tree import PyTree, is_leaf, is_masked
+from optax_structure.state.markers import RewiringClock
 from optax_structure.transforms._extra import Rule, takes_extra_args, transformation
 from optax_structure.transforms._multiplier import unrecorded
 
@@ -105,7 +106,14 @@ def observe(inner: optax.GradientTransformation) -> optax.GradientTransformation
     inner = takes_extra_args(inner)
 
     def init_fn(params: optax.Params) -> ObserveState:
-        return ObserveState(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params), inner.init(params))
+        state = inner.init(params)
+        nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RewiringClock))
+        if any(isinstance(node, RewiringClock) for node in nodes):
+            raise ValueError(
+                "observe(sparse(..., rewire=...)) cannot tell a second moment that moved from one that was renewed: "
+                "put observe first inside, as sparse(observe(inner), masks, rewire=...)."
+            )
+        return ObserveState(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params), state)
 
     def update_fn(
         updates: optax.Updates, state: ObserveState, params: optax.Params | None = None, **extra_args: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ import optax
 from jax import Array
 
 from optax_structure._tree import Params, PyTree, leaves_by_path, map_with_path
-from optax_structure.sparsity.topk import top_k_mask_tree
+from optax_structure.sparsity.draws import top_k_at_random
 from optax_structure.state.carrying import Renewal
 from optax_structure.state.markers import RewiringClock
 from optax_structure.transforms.rewiring.scores import Score, ScoredLeaf
@@ -57,10 +58,9 @@ def rewire_if_due(
     if not sparse:  # an empty group of optax.partition
         return Step(jnp.zeros((), bool), masks, inner_state, clock._replace(count=count))
     since = (count - rule.start) % rule.every
-    due = (count > rule.start) & (since == 0)
-    due = due if rule.stop is None else due & (count <= rule.stop)
+    due = rule.is_due(count)
     age = min(_SETTLED, rule.every // 2)
-    settles = (count > rule.start + rule.every) & (since == age)
+    settles = rule.is_due(count - age) if age else jnp.zeros((), bool)
     raw = leaves_by_path(grads)
     sums = {}
     if rule.accumulate > 1:
@@ -80,12 +80,12 @@ def rewire_if_due(
         # Old masks are read while new ones are written. A branch that is never taken tells XLA to set them aside in
         # here; without it a copy of all masks is made in every step.
         masks = jax.lax.cond(count < 0, lambda of: jax.tree.map(jnp.logical_not, of), lambda of: of, masks)
-        mine = {path: raw[path] for path in masks}
-        new = choose(masks, {path: of / rule.accumulate for path, of in sums.items()} if sums else mine)
+        mine = _finite({path: raw[path] for path in masks})
+        new = choose(masks, _finite({path: of / rule.accumulate for path, of in sums.items()}) if sums else mine)
         return new, masks, renewal.renewed(arrays, masks, new, mine), jax.tree.map(jnp.zeros_like, sums)
 
     def settle(arrays: Mapping[int, Array], masks: ByPath, before: ByPath) -> Any:
-        return renewal.settled(arrays, before, masks, {path: raw[path] for path in masks})
+        return renewal.settled(arrays, before, masks, _finite({path: raw[path] for path in masks}))
 
     # A branch a leaf, so that no leaf's update has to wait for the gradients of all.
     for group in [list(sparse)] if rule.per == "tree" else [[path] for path in sparse]:
@@ -98,6 +98,11 @@ def rewire_if_due(
         clock = clock._replace(grads=map_with_path(lambda path, of: sums.get(path, of), clock.grads))
     masks = map_with_path(lambda path, mask: sparse.get(path, mask), masks)
     return Step(due, masks, renewal.state(arrays), clock._replace(count=count))
+
+
+def _finite(grads: ByPath) -> dict[str, Array]:
+    """What is not finite says nothing: the inner optimizer may reject this step, but the masks change in it."""
+    return {path: jnp.where(jnp.isfinite(of), of, jnp.zeros_like(of)) for path, of in grads.items()}
 
 
 def _added(total: Array, grad: Array) -> Array:
@@ -117,7 +122,6 @@ class _Choice:
         self.weights = leaves_by_path(params)
         self.cells = {path: rule.pattern.cells(shape) for path, shape in shapes.items()}
         self.targets = rule.budget.targets(params, shapes, self.cells)
-        self.place = {path: index for index, path in enumerate(masks)}
 
     def __call__(self, masks: ByPath, grads: ByPath) -> dict[str, Array]:
         """The new masks of some leaves."""
@@ -147,7 +151,8 @@ class _Choice:
 
     def _leaves(self, masks: ByPath, grads: ByPath, salt: int) -> dict[str, ScoredLeaf]:
         key = jax.random.fold_in(self.rule.key(), self.count)
-        keys = {path: jax.random.fold_in(key, 2 * self.place[path] + salt) for path in masks}
+        # By its path a leaf draws the same whatever else is in the tree, and not what another group's leaf draws.
+        keys = {path: jax.random.fold_in(key, zlib.crc32(f"{path}/{salt}".encode())) for path in masks}
         return {path: ScoredLeaf(self.weights[path], grads[path], mask, keys[path]) for path, mask in masks.items()}
 
     def _taken(
@@ -156,8 +161,14 @@ class _Choice:
         """So many cells that rank highest (``sign=-1``: lowest) among those of ``where``."""
         if score is None:
             return {path: jnp.zeros((), bool) for path in where}
-        scores = {path: sign * jnp.asarray(score(leaf), jnp.float32) for path, leaf in leaves.items()}
+        scores, keys = {}, {}
+        for path, leaf in leaves.items():
+            of = jnp.asarray(score(leaf), jnp.float32)
+            if of.shape != leaf.weight.shape:
+                name = getattr(score, "__name__", score)
+                raise ValueError(f"score {name} has shape {of.shape} for {path!r}, whose shape is {leaf.weight.shape}.")
+            scores[path], keys[path] = sign * of, jax.random.fold_in(leaf.key, 1)
         if self.rule.per == "tree":
-            return top_k_mask_tree(scores, numbers[0], dict(where))
+            return top_k_at_random(scores, numbers[0], where, next(iter(keys.values())))
         parts = zip(scores.items(), numbers, strict=True)
-        return {path: self.rule.pattern.top(of, number, where[path]) for (path, of), number in parts}
+        return {path: self.rule.pattern.top(of, number, where[path], keys[path]) for (path, of), number in parts}

@@ -48,6 +48,11 @@ class Rewiring(NamedTuple):
     accumulate: int
     seed: Any
 
+    def is_due(self, count: Array) -> Array:
+        """Whether update ``count`` rewires."""
+        due = (count > self.start) & ((count - self.start) % self.every == 0)
+        return due if self.stop is None else due & (count <= self.stop)
+
     def progress(self, count: Array) -> Array:
         """0 at ``start``, 1 at the last rewiring; 0 where there is none."""
         if self.stop is None:
@@ -71,9 +76,10 @@ class Rewiring(NamedTuple):
 
     def key(self) -> Array:
         """Of all that is drawn."""
-        if isinstance(self.seed, jax.Array) and jnp.issubdtype(self.seed.dtype, jax.dtypes.prng_key):
-            return self.seed
-        return jax.random.key(self.seed)
+        if not jnp.ndim(self.seed) and jnp.issubdtype(jnp.result_type(self.seed), jnp.integer):
+            return jax.random.key(self.seed)
+        is_key = jnp.issubdtype(self.seed.dtype, jax.dtypes.prng_key)
+        return self.seed if is_key else jax.random.wrap_key_data(self.seed)
 
     def check(self, params: Params, masks: PyTree) -> None:
         """Raise ``ValueError`` where the rule and the masks do not fit each other, naming the leaf."""
@@ -83,7 +89,9 @@ class Rewiring(NamedTuple):
             raise ValueError("rewire= has nothing to rewire: every mask is the scalar True. See random_masks.")
         for path, mask in sparse.items():
             self.pattern.check(path, mask.shape)
-            if not (is_traced(mask) or bool(self.pattern.holds(mask))):
+            with jax.ensure_compile_time_eval():  # under jit(tx.init) too
+                holds = is_traced(mask) or bool(self.pattern.holds(jnp.asarray(mask)))
+            if not holds:
                 raise ValueError(
                     f"masks: {path!r} does not have the pattern {self.pattern}: make it with "
                     "random_masks(..., pattern=)."
@@ -153,9 +161,11 @@ def rewiring(
         raise ValueError("drop=None, grow=None changes nothing: leave rewire= out.")
     if not callable(fraction):
         check_number("fraction", fraction, high=1.0)
-        if fraction and not (drop and grow):
-            raise ValueError(f"fraction={fraction!r} is replaced, so it needs drop= and grow=; pass fraction=0.0.")
+    if fraction and not (drop and grow):
+        raise ValueError(f"fraction={fraction!r} is replaced, so it needs drop= and grow=; pass fraction=0.0.")
     _check_times(every, start, stop)
+    if not (jnp.ndim(seed) or isinstance(seed, int | np.integer | jax.Array)) or isinstance(seed, bool):
+        raise ValueError(f"seed={seed!r} must be an int or a JAX random key.")
     if per not in ("leaf", "tree"):
         raise ValueError(f"per={per!r} must be 'leaf' or 'tree'.")
     if per == "tree" and pattern is not None:
@@ -319,5 +329,7 @@ def proportional_growth(
         raise ValueError(f"density={density!r} must be in (0, 1], the share of connections that exist.")
     if not rate > 0:
         raise ValueError(f"rate={rate!r} must be above 0: 0.1 adds a tenth of what exists.")
+    if more.get("per", "leaf") != "leaf":
+        raise ValueError(f"per={more['per']!r}: every leaf grows by its own number; leave it out.")
     budget = InProportion(rate, density)
     return rewiring(None, grow, fraction=0.0, budget=budget, every=every, start=start, stop=stop, **more)

@@ -32,7 +32,7 @@ Score = Callable[[ScoredLeaf], Array]
 
 
 def by_magnitude(leaf: ScoredLeaf) -> Array:
-    """Absolute weight; those that are exactly 0 in random order below all others.
+    """Absolute weight. Of those that are equal, as many are exactly 0 at first, it is drawn which go.
 
     Args:
       leaf: see ``ScoredLeaf``.
@@ -49,13 +49,13 @@ def by_magnitude(leaf: ScoredLeaf) -> Array:
     References:
       Han et al., Learning both weights and connections for efficient neural networks, 2015.
     """
-    return _size_or_random(leaf.weight, leaf.key)
+    return jnp.abs(leaf.weight).astype(jnp.float32)
 
 
 def by_gradient(leaf: ScoredLeaf) -> Array:
-    """Absolute gradient; where it is exactly 0, random order below all others.
+    """Absolute gradient. Of those that are equal, as many are exactly 0 at dead inputs, it is drawn which come.
 
-    Where a layer multiplies by its mask (``masked_by="forward"``), what is absent has no gradient, and this is random:
+    Where a layer multiplies by its mask (``masked_by="forward"``), what is absent has no gradient, and all is drawn:
     build such layers with ``masked_by="update"``.
 
     Args:
@@ -73,7 +73,7 @@ def by_gradient(leaf: ScoredLeaf) -> Array:
     References:
       Evci et al., Rigging the lottery: making all tickets winners, 2020.
     """
-    return _size_or_random(leaf.grad, leaf.key)
+    return jnp.abs(leaf.grad).astype(jnp.float32)
 
 
 def by_saliency(leaf: ScoredLeaf) -> Array:
@@ -94,7 +94,7 @@ def by_saliency(leaf: ScoredLeaf) -> Array:
     References:
       Lee et al., SNIP: single-shot network pruning based on connection sensitivity, 2019.
     """
-    return _size_or_random(leaf.weight.astype(jnp.float32) * leaf.grad.astype(jnp.float32), leaf.key)
+    return jnp.abs(leaf.weight.astype(jnp.float32) * leaf.grad.astype(jnp.float32))
 
 
 def at_random(leaf: ScoredLeaf) -> Array:
@@ -116,8 +116,3 @@ def at_random(leaf: ScoredLeaf) -> Array:
       Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018.
     """
     return random_scores(leaf.key, leaf.weight.shape)
-
-
-def _size_or_random(values: Array, key: Array) -> Array:
-    size = jnp.abs(values).astype(jnp.float32)
-    return jnp.where(size > 0, size, random_scores(key, size.shape) - 1.0)
