@@ -99,6 +99,7 @@ def truncated(folder: Path) -> Path:
         (["--placement", "best"], "placement='best' is unknown; choose from extrema, random, gradient"),
         (["--strategy", "ultimate"], "strategy='ultimate' is unknown; choose from none, dual"),
         (["--on-growth", "stop"], "on_growth='stop' is unknown"),
+        (["--rewire", "snip"], "rewire='snip' is unknown; choose from none, set, rigl, random"),
         (["--dataset", "cifar10"], "dataset='cifar10' is unknown"),
         (["--data-dir", "no/such/folder"], "data_dir='no/such/folder' is not a folder"),
         (["--prune", "1"], "prune=1.0 must lie in [0, 1)"),
@@ -176,9 +177,9 @@ def test_every_promised_option_exists() -> None:
     given = (
         "--density .1 --final-density .2 --events 2 --epochs 3 --patience 1 --widths 8 --seed 1 --batch-size 8 "
         "--learning-rate .1 --strategy none --on-growth slow --out o --resume --controls --prune 0 --action widen "
-        "--placement random --dataset digits --data-dir d"
+        "--placement random --rewire rigl --dataset digits --data-dir d"
     )
-    assert len(vars(build_parser().parse_args(["grow", *given.split()]))) == 20
+    assert len(vars(build_parser().parse_args(["grow", *given.split()]))) == 21
 
 
 @pytest.mark.slow

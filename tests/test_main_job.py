@@ -23,7 +23,7 @@ from optax_structure.training.loop import Interrupted, Progress
 from optax_structure.training.network import chain, loss_and_aux, params_like
 from optax_structure.training.report import make_report, write_metrics
 from optax_structure.training.run_state import lengths, start
-from optax_structure.training.step import after_growth_rule, batch_rows, make_tx
+from optax_structure.training.step import after_growth_rule, batch_rows, make_tx, rewiring_rule
 
 ALL = ("connections", "patches", "widen", "insert")
 CONFIG = Config(
@@ -72,6 +72,68 @@ def test_the_step_retraces_for_shapes_alone(grown: tuple[Result, list[Progress]]
     assert result.final["retraces"] == 2
     assert set(jax.tree.leaves(result.run.labels)) == {"scaffold"}
     assert [group.size for group in result.units.groups] == [16, *result_sizes(result), 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rewire", ["rigl", "none"])
+def test_rewiring_inside_the_step_keeps_every_count(data: Data, rewire: Any) -> None:
+    """Between growth events, in the last steps of dispatches, masks change and no kernel's number does."""
+    config = CONFIG.replace(rewire=rewire, rewire_until=0.8)
+    seen: dict[int, dict[str, np.ndarray]] = {}
+    events: list[int] = []
+
+    def watch(progress: Progress, run: Run) -> None:
+        if progress.event:
+            events.append(progress.step)
+        else:
+            masks = leaves_by_path(run.masks)
+            seen[progress.step] = {path: np.array(mask) for path, mask in masks.items() if np.ndim(mask)}
+
+    result = run_growth(config, data, watch=watch)
+    assert result.final["nonzero"] == nonzero(result.masks) == round(0.35 * KERNELS)
+    assert result.final["retraces"] == 2  # widen and insert, as without rewiring
+    moved = []
+    for step, masks in seen.items():
+        before = seen.get(step - result.run.chunk)
+        if before is None or step - result.run.chunk in events:
+            continue  # events come after the watcher has seen the step
+        assert {path: mask.sum() for path, mask in masks.items()} == {path: m.sum() for path, m in before.items()}
+        if any(np.any(mask != before[path]) for path, mask in masks.items()):
+            moved.append(step)
+    every = round(20 / result.run.chunk) * result.run.chunk
+    due = [step for step in range(every, int(0.8 * 144) + 1, every) if step - result.run.chunk not in events]
+    # The last one, of 213 connections times 0.4 %, moves none.
+    assert due[-1] == 105 and moved == ([] if rewire == "none" else due[:-1])
+
+
+@pytest.mark.slow
+def test_a_run_that_rewires_inside_the_step_goes_on_with_the_same_numbers(data: Data, tmp_path: Path) -> None:
+    config = CONFIG.replace(rewire="rigl")
+    asked: list[bool] = []
+
+    def watch(progress: Progress, run: Run) -> None:
+        if progress.step >= 90:
+            asked.append(True)
+
+    with pytest.raises(Interrupted, match="stopped after step"):
+        run_growth(config, data, folder=tmp_path, watch=watch, stop=lambda: bool(asked))
+    resumed, whole = run_growth(config, data, folder=tmp_path, resuming=True), run_growth(config, data)
+    assert resumed.run.history.loss.tobytes() == whole.run.history.loss.tobytes()
+    assert {**resumed.final, "wall_s": 0} == {**whole.final, "wall_s": 0}
+    with pytest.raises(CheckpointError, match=r"rewire='rigl' \(now None\)"):
+        run_growth(CONFIG, data, folder=tmp_path, resuming=True)
+
+
+def test_where_nothing_is_rewired_inside_the_step() -> None:
+    config = Config(rewire="rigl", rewire_every=100, rewire_until=0.5)
+    rule = rewiring_rule(config, 1000, 50)
+    assert rule is not None and (rule.every, rule.stop) == (100, 500)
+    assert float(rule.fraction_at(jnp.int32(250))) == pytest.approx(0.1)  # half of 0.2, half way along the cosine
+    for name, (drop, grow) in {"set": (oxs.by_magnitude, oxs.at_random), "random": (oxs.at_random,) * 2}.items():
+        rule = rewiring_rule(config.replace(rewire=name), 1000, 50)
+        assert rule is not None and (rule.drop, rule.grow) == (drop, grow)
+    for changes in ({"rewire": None}, {"rewire": "none"}, {"prune": 0.0}, {"rewire_until": 0.09}):
+        assert rewiring_rule(config.replace(**changes), 1000, 50) is None
 
 
 def result_sizes(result: Result) -> list[int]:
@@ -282,6 +344,7 @@ def test_budget_below_the_current_count(data: Data) -> None:
         ("placement", "magic", "placement='magic' is unknown; choose from extrema, random, gradient"),
         ("strategy", "triple", "strategy='triple' is unknown; choose from none, dual"),
         ("on_growth", "stop", "on_growth='stop' is unknown; choose from none, slow, freeze"),
+        ("rewire", "snip", "rewire='snip' is unknown; choose from none, set, rigl, random"),
         ("widths", (), "at least one hidden layer"),
         ("widths", (8, 0), "each of 1 unit or more"),
         ("events", -1, "events=-1 must be at least 0"),

@@ -10,6 +10,7 @@ Action = Literal["connections", "patches", "widen", "insert"]
 Placement = Literal["extrema", "random", "gradient"]
 Strategy = Literal["none", "dual"]
 OnGrowth = Literal["none", "slow", "freeze"]
+Rewire = Literal["none", "set", "rigl", "random"]
 
 EPOCHS = 30
 MIN_STEPS = 4000
@@ -30,6 +31,8 @@ class Config:
         batch's loss gradient is largest (``gradient``).
       grow_until: share of the training by which all events are over, in (0, 1).
       prune: share of the weakest connections that each rewiring replaces, in [0, 1); 0 switches rewiring off.
+      rewire: the rule by which connections are moved inside the compiled step: ``set``, ``rigl`` or ``random``, whose
+        share falls from ``prune`` to 0 along a cosine, or ``none``. ``None``: between dispatches, put by ``placement``.
       rewire_every: steps between two rewirings.
       rewire_until: share of the training after which nothing is rewired any more, in [0, 1].
       epochs: passes over the training part; ``None``: 30, or as many as make 4,000 steps where that is more.
@@ -61,6 +64,7 @@ class Config:
     placement: Placement = "gradient"
     grow_until: float = 0.3
     prune: float = 0.2
+    rewire: Rewire | None = None
     rewire_every: int = 150
     rewire_until: float = 0.75
     epochs: int | None = None
@@ -87,12 +91,13 @@ class Config:
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"widths={self.widths} must name at least one hidden layer, each of 1 unit or more.")
         for name, kind, values in (
-            ("actions", Action, self.actions),
+            ("actions", Action, self.actions or ("",)),
             ("placement", Placement, (self.placement,)),
             ("strategy", Strategy, (self.strategy,)),
             ("on_growth", OnGrowth, (self.on_growth,)),
+            ("rewire", Rewire, () if self.rewire is None else (self.rewire,)),
         ):
-            for value in values or ("",):
+            for value in values:
                 if value not in get_args(kind):
                     raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(get_args(kind))}.")
         for name, least in (

@@ -81,8 +81,16 @@ def event_line(event: Mapping[str, Any]) -> str:
     )
 
 
-def final_table(report: Mapping[str, Any]) -> Table:
-    """The grown network and, where they were run, its controls, best test accuracy first.
+_FLOPS = {
+    "FLOPs a row": "forward_flops",
+    "if free": "forward_flops_if_sparsity_were_free",
+    "to train": "train_flops",
+    "to train, if free": "train_flops_if_sparsity_were_free",
+}
+
+
+def final_table(report: Mapping[str, Any], network: str = "grown") -> Table:
+    """The network and, where they were run, its controls, best test accuracy first; FLOPs where the report has them.
 
     Example:
       >>> from rich.console import Console
@@ -93,11 +101,17 @@ def final_table(report: Mapping[str, Any]) -> Table:
       2
     """
     table = Table(title=f"{report['dataset']}, seed {report['seed']}", title_justify="left")
-    table.add_column("network")
+    table.add_column("network", no_wrap=True)
     for name in ("test accuracy", "non-zero weights"):
         table.add_column(name, justify="right")
-    rows = {"grown": report["final"], **report["controls"]}
+    flops = {title: key for title, key in _FLOPS.items() if "forward_flops" in report["final"]}
+    if flops:
+        table.caption, table.caption_justify = "if free: if what does not exist cost nothing", "left"
+    for name in flops:
+        table.add_column(name, justify="right")
+    rows = {network: report["final"], **report["controls"]}
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["test_accuracy"]):
-        style = "bold green" if name == "grown" else None
-        table.add_row(name.replace("_", " "), f"{row['test_accuracy']:.2%}", f"{row['nonzero']:,}", style=style)
+        style = "bold green" if name == network else None
+        costs = [f"{row[key]:.3g}" if key.startswith("train") else f"{row[key]:,}" for key in flops.values()]
+        table.add_row(name.replace("_", " "), f"{row['test_accuracy']:.2%}", f"{row['nonzero']:,}", *costs, style=style)
     return table

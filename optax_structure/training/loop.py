@@ -27,7 +27,8 @@ from optax_structure.training.data import Data
 from optax_structure.training.events import Evidence, Net, grow, rewire
 from optax_structure.training.network import accuracy_of, dense_gradients
 from optax_structure.training.run_state import History, Run, Structure, cost_of, fresh_folder, resume, save, start
-from optax_structure.training.step import batch_rows, first_stats, make_program, make_tx
+from optax_structure.training.step import batch_rows, first_stats, make_program, make_tx, whole_chunks
+from optax_structure.transforms.rewiring.rules import Rewiring
 
 _find_extrema = jax.jit(find_extrema)
 
@@ -89,6 +90,7 @@ def run_growth(
     folder: Path | None = None,
     resuming: bool = False,
     given: Structure | None = None,
+    rule: Rewiring | None = None,
     checkpoint_every: int = 500,
     note: Mapping[str, Any] | None = None,
     watch: Callable[[Progress, Run], None] = lambda progress, run: None,
@@ -105,6 +107,8 @@ def run_growth(
       folder: where checkpoints go; none are written without it. Those of an earlier run are removed.
       resuming: go on from the newest usable checkpoint; a folder without one starts the run again.
       given: a structure to start with in place of a random one.
+      rule: by which masks change inside the step, in place of the one that ``config.rewire`` names. Connections are
+        counted once a dispatch, so it should change them in a last step of one (``run_state.lengths``).
       checkpoint_every: steps between two checkpoints.
       note: kept in the checkpoints' JSON under ``"note"``.
       watch: called after every dispatch and every growth event.
@@ -128,11 +132,11 @@ def run_growth(
     """
     began = time.perf_counter()
     if resuming and folder is not None and checkpoint.exists(folder):
-        run = resume(config, data, folder)
+        run = resume(config, data, folder, rule)
     else:
         if folder is not None:
             fresh_folder(folder)
-        run = start(config, data, given)
+        run = start(config, data, given, rule)
     spent = run.host.wall
     arrays = Arrays(*map(jnp.asarray, (data.x_train, data.y_train, data.x_validation, data.y_validation)))
     due = _event_boundaries(run)
@@ -205,6 +209,11 @@ def _dispatch(run: Run, arrays: Arrays) -> tuple[float, float, int]:
         np.concatenate([run.history.nonzero, np.full(run.chunk, run.cost.connections, np.int32)]),
     )
     host.step += run.chunk
+    if run.rule is not None:
+        run.cost = cost_of(run.carry.params, run.units, run.masks, run.config.batch_size)
+        if not host.events and host.step == run.rule.start + run.rule.every:
+            # It was with the structure of the start that units were as active as this: no step had another.
+            run.before = run.before._replace(active=_activity(run))
     return float(loss.mean()), float(accuracy.mean()), len(run.program.traces) - traces
 
 
@@ -229,6 +238,12 @@ def _validate(run: Run, arrays: Arrays) -> float:
     return accuracy
 
 
+def _activity(run: Run) -> dict[str, jax.Array]:
+    """Layer -> share of samples on which each unit is active, of late."""
+    weight = jnp.maximum(run.carry.stats.weight, 1e-6)
+    return {layer: share / weight for layer, share in run.carry.stats.active.items()}
+
+
 def _evidence(run: Run, arrays: Arrays) -> Evidence:
     rows = len(arrays.y)
     chosen = np.random.default_rng((run.config.seed, run.host.step)).integers(0, rows, min(EVIDENCE_ROWS, rows))
@@ -245,7 +260,7 @@ def _apply(run: Run, growth: Growth, evidence: Evidence) -> None:
     params, opt_state, stats = run.carry
     grads = evidence.gradients(growth.params, growth.units)
     reshaped = growth.units != run.units
-    tx = make_tx(run.config, run.total_steps, growth.masks) if reshaped else run.program.tx
+    tx = make_tx(run.config, run.total_steps, growth.masks, run.rule) if reshaped else run.program.tx
     opt_state = transfer_state(run.program.tx, opt_state, params, tx, growth.params, growth=growth, grads=grads)
     run.units, run.labels = growth.units, growth.labels
     if reshaped:
@@ -260,9 +275,7 @@ def _event(run: Run, arrays: Arrays) -> dict[str, Any]:
     host, config = run.host, run.config
     number = len(host.events) + 1
     if number == 1:
-        weight = jnp.maximum(run.carry.stats.weight, 1e-6)
-        active = {layer: share / weight for layer, share in run.carry.stats.active.items()}
-        run.before = Structure(run.units, jax.tree.map(jnp.copy, run.masks), active)
+        run.before = Structure(run.units, jax.tree.map(jnp.copy, run.masks), _activity(run))
     evidence = _evidence(run, arrays)
     dead, saturated = jax.device_get(evidence.extrema)
     action = config.actions[(number - 1) % len(config.actions)]
@@ -291,8 +304,9 @@ def _event(run: Run, arrays: Arrays) -> dict[str, Any]:
 
 def _rewires(run: Run) -> bool:
     config, step = run.config, run.host.step
-    every = max(1, round(config.rewire_every / run.chunk)) * run.chunk
-    return config.prune > 0 and step % every == 0 and step <= config.rewire_until * run.total_steps
+    if config.rewire is not None or not config.prune:
+        return False
+    return step % whole_chunks(config.rewire_every, run.chunk) == 0 and step <= config.rewire_until * run.total_steps
 
 
 def _rewire(run: Run, arrays: Arrays) -> None:

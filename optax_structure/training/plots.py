@@ -66,6 +66,11 @@ def curves(result: Result, path: Path) -> None:
     bottom.set_ylabel("non-zero weights")
     bottom.set_xlabel("training step")
     bottom.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if not run.config.events:
+        dense = sum(mask.size for mask in jax.tree.leaves(result.masks) if np.ndim(mask))
+        shares = bottom.secondary_yaxis("right", functions=(lambda number: number / dense, lambda share: share * dense))
+        shares.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        shares.set_ylabel("density")
     for event in result.events:
         for axes in (top, bottom):
             axes.axvline(event["step"], color=ORANGE, lw=0.8, alpha=0.5, zorder=0)
@@ -74,12 +79,14 @@ def curves(result: Result, path: Path) -> None:
             f"+{event['nonzero_after'] - event['nonzero_before']:,}", (event["step"], event["nonzero_after"]), (-6, 6),
             textcoords="offset points", color=ORANGE, fontsize=8, ha="right",
         )  # fmt: skip
+    low_end = run.history.nonzero[-1] < 0.2 * run.history.nonzero.max()
     bottom.annotate(
         f"{result.final['nonzero']:,} weights: {result.final['density']:.1%} of the dense network",
-        (steps[-1], run.history.nonzero[-1]), (-4, -14), textcoords="offset points", ha="right", color=INK,
+        (steps[-1], run.history.nonzero[-1]), (-4, 6 if low_end else -14), textcoords="offset points", ha="right",
+        color=INK,
     )  # fmt: skip
     until = run.config.rewire_until * run.total_steps
-    if run.config.prune:
+    if run.config.prune and run.config.rewire != "none":
         top.axvspan(1, until, color=GREEN, alpha=0.06, lw=0)
         bottom.axvspan(1, until, color=GREEN, alpha=0.06, lw=0)
         bottom.text(
@@ -121,8 +128,9 @@ def structure(result: Result, path: Path) -> None:
     after = {layer: np.asarray(share) / weight for layer, share in run.carry.stats.active.items()}
     before_masks = leaves_by_path(run.before.masks)
     before = {path: np.where(mask, 0, -1) for path, mask in before_masks.items() if np.ndim(mask)}
+    first = "before growth" if run.config.events else "at the start"
     moments = (
-        ("before growth", run.before.units, before, {k: np.asarray(v) for k, v in run.before.active.items()}),
+        (first, run.before.units, before, {k: np.asarray(v) for k, v in run.before.active.items()}),
         ("at the end", result.units, kinds, after),
     )
     layers = max(len(run.before.units.layers), len(result.units.layers))

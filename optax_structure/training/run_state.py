@@ -22,7 +22,17 @@ from optax_structure.training.checkpoint import CheckpointError
 from optax_structure.training.config import Config
 from optax_structure.training.data import Data
 from optax_structure.training.network import chain, flops_per_step, init_params, params_like
-from optax_structure.training.step import CHUNK, Carry, Program, batch_rows, first_stats, make_program, make_tx
+from optax_structure.training.step import (
+    CHUNK,
+    Carry,
+    Program,
+    batch_rows,
+    first_stats,
+    make_program,
+    make_tx,
+    rewiring_rule,
+)
+from optax_structure.transforms.rewiring.rules import Rewiring
 
 INIT_ROWS = 512
 
@@ -94,6 +104,7 @@ class Run:
       host, history: the rest of the state.
       before: the structure just before the first event.
       cost: of a step of the structure now.
+      rule: by which masks change inside the step.
       best: params and masks of the best validation, where ``config.patience`` asks for it.
     """
 
@@ -111,6 +122,7 @@ class Run:
     history: History
     before: Structure
     cost: Cost
+    rule: Rewiring | None = None
     best: dict[str, PyTree] | None = None
 
     @property
@@ -133,8 +145,10 @@ def lengths(config: Config, rows: int) -> tuple[int, int]:
     return -(-asked // chunk) * chunk, chunk
 
 
-def start(config: Config, data: Data, given: Structure | None = None) -> Run:
+def start(config: Config, data: Data, given: Structure | None = None, rule: Rewiring | None = None) -> Run:
     """A run at step 0: a random sparse chain with ``config.density``, or the structure given, freshly initialised.
+
+    Masks change inside the step by ``rule``, or by the rule that ``config.rewire`` names.
 
     Raises:
       ValueError: where the budget is below the connections that the density (or the structure given) begins with.
@@ -156,13 +170,16 @@ def start(config: Config, data: Data, given: Structure | None = None) -> Run:
         )
     params = _first_params(jax.random.fold_in(key, 1), masks, units, x)
     labels = jax.tree.map(lambda _: "scaffold", params)
-    tx = make_tx(config, total, masks)
+    rule = rule or rewiring_rule(config, total, chunk)
+    tx = make_tx(config, total, masks, rule)
     carry = Carry(params, jax.jit(tx.init)(params), first_stats(params, units))
     nothing = History(np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
     before = Structure(units, masks, {layer: jnp.zeros(units.group(layer).size) for layer in units.layers[:-1]})
     program = make_program(tx, units)
     cost = cost_of(params, units, masks, config.batch_size)
-    return Run(config, data, total, chunk, first, last, units, labels, program, carry, Host(), nothing, before, cost)
+    return Run(
+        config, data, total, chunk, first, last, units, labels, program, carry, Host(), nothing, before, cost, rule
+    )
 
 
 # Jitted as a whole: op by op, every shape would be compiled many times.
@@ -198,22 +215,16 @@ def save(run: Run, folder: Path, note: Mapping[str, Any]) -> None:
     })  # fmt: skip
 
 
-def resume(config: Config, data: Data, folder: Path) -> Run:
+def resume(config: Config, data: Data, folder: Path, rule: Rewiring | None = None) -> Run:
     """Take a run up from its newest usable checkpoint: the old structure is built from JSON, then filled.
+
+    ``rule`` is the one that it was started with.
 
     Raises:
       CheckpointError: for other data, another configuration or another architecture, naming what differs.
     """
     arrays, state = checkpoint.load(folder)
-    stored, asked = state["config"], config.to_json()
-    differing = [
-        f"{name}={stored.get(name)!r} (now {asked[name]!r})" for name in asked if stored.get(name) != asked[name]
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{folder} was made with {', '.join(differing)}. Resume with the options it was started with, or start "
-            "another run with another --out."
-        )
+    refuse_other_options(folder, state["config"], config.to_json())
     record = _data_record(data)
     for name, value in record.items():
         if state["data"].get(name) != value:
@@ -232,7 +243,8 @@ def resume(config: Config, data: Data, folder: Path) -> Run:
         raise CheckpointError(f"{folder} is from another architecture: its leaves are {list(state['labels'])}.")
     labels = map_with_path(lambda path, _: state["labels"][path], params)
     masks = _masks_like(params)
-    tx = make_tx(config, total, masks)
+    rule = rule or rewiring_rule(config, total, chunk)
+    tx = make_tx(config, total, masks, rule)
     before_units = checkpoint.units_from_json(state["before_units"])
     before = Structure(
         before_units,
@@ -248,7 +260,7 @@ def resume(config: Config, data: Data, folder: Path) -> Run:
     program = make_program(tx, units)
     run = Run(
         config, data, total, chunk, first, last, units, labels, program, carry, host, nothing, before,
-        Cost(0, 0.0, 0.0), best,
+        Cost(0, 0.0, 0.0), rule, best,
     )  # fmt: skip
     filled = checkpoint.fill(_arrays(run), arrays)
     run.carry, run.best = filled["carry"], filled["best"]
@@ -256,6 +268,18 @@ def resume(config: Config, data: Data, folder: Path) -> Run:
     run.history = History(*map(np.asarray, filled["history"]))
     run.cost = cost_of(run.carry.params, units, run.masks, config.batch_size)
     return run
+
+
+def refuse_other_options(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError``, naming them, where options differ from those that a checkpoint was made with."""
+    differing = [
+        f"{name}={stored.get(name)!r} (now {asked[name]!r})" for name in asked if stored.get(name) != asked[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} was made with {', '.join(differing)}. Resume with the options it was started with, or start "
+            "another run with another --out."
+        )
 
 
 def fresh_folder(folder: Path) -> None:

@@ -24,6 +24,7 @@ from optax_structure.transforms.connection_rules import age_rule, component_rule
 from optax_structure.transforms.connections import scale_by_connection
 from optax_structure.transforms.masking import sparse
 from optax_structure.transforms.per_leaf import per_leaf
+from optax_structure.transforms.rewiring.rules import Rewiring, random_rewiring, rigl_rewiring, set_rewiring
 
 CHUNK = 50
 """Steps in one dispatch; everything on the host falls on its boundaries."""
@@ -32,6 +33,8 @@ RATES = {"none": {"scaffold": 1.0, "patch": 1.0, "new": 1.0}, "dual": {"scaffold
 """Strategy -> component -> factor on the learning rate."""
 
 SCAFFOLD_AFTER_GROWTH = {"slow": 0.1, "freeze": 0.0}
+
+_RULES = {"set": set_rewiring, "rigl": rigl_rewiring, "random": random_rewiring}
 
 
 class Carry(NamedTuple):
@@ -88,7 +91,34 @@ def settled_rule(steps: int, factor: float) -> CohortRule:
     return CohortRule("settled", factors)
 
 
-def make_tx(config: Config, total_steps: int, masks: PyTree) -> optax.GradientTransformationExtraArgs:
+def rewiring_rule(config: Config, total_steps: int, chunk: int) -> Rewiring | None:
+    """The rule of ``config.rewire``; None where nothing is to be rewired inside the step.
+
+    It rewires in the last step of a dispatch, so that the connections of every dispatch are known.
+
+    Example:
+      >>> from optax_structure.training.config import Config
+      >>> from optax_structure.training.step import rewiring_rule
+      >>> rule = rewiring_rule(Config(rewire="rigl", rewire_every=120), 4000, 50)
+      >>> rule.every, rule.stop
+      (100, 3000)
+      >>> rewiring_rule(Config(), 4000, 50) is None
+      True
+    """
+    every, stop = whole_chunks(config.rewire_every, chunk), int(config.rewire_until * total_steps)
+    if config.rewire in (None, "none") or not config.prune or stop < every:
+        return None
+    return _RULES[config.rewire](fraction=config.prune, every=every, stop=stop, seed=config.seed)
+
+
+def whole_chunks(steps: float, chunk: int) -> int:
+    """The number of steps nearest to ``steps`` that whole dispatches of ``chunk`` make; at least one dispatch."""
+    return max(1, round(steps / chunk)) * chunk
+
+
+def make_tx(
+    config: Config, total_steps: int, masks: PyTree, rule: Rewiring | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The main job's optimizer: sparse AdamW, one count a leaf, a rate a connection, cosine decay.
 
     A connection warms up from its birth and has the rate of its component; what was grown as ``new``, inserted leaves
@@ -99,6 +129,7 @@ def make_tx(config: Config, total_steps: int, masks: PyTree) -> optax.GradientTr
       config: strategy, warm-up, peak learning rate.
       total_steps: length of the cosine.
       masks: which connections exist.
+      rule: by which they change inside the step.
 
     Returns:
       A transformation whose state holds the masks.
@@ -130,6 +161,7 @@ def make_tx(config: Config, total_steps: int, masks: PyTree) -> optax.GradientTr
             optax.scale(-config.learning_rate),
         ),
         masks,
+        rewire=rule,
     )
 
 
