@@ -72,6 +72,7 @@ ARMS = {
     "static": Arm(None),
     "set": Arm(lambda steps, density: oxs.set_rewiring(**until(steps))),
     "rigl": Arm(lambda steps, density: oxs.rigl_rewiring(**until(steps))),
+    "rigl, accumulated": Arm(lambda steps, density: oxs.rigl_rewiring(accumulate=100, **until(steps))),
     "random": Arm(lambda steps, density: oxs.random_rewiring(**until(steps))),
     "pruned": Arm(lambda steps, density: oxs.magnitude_pruning(density, every=100, stop=int(0.6 * steps)), dense=True),
     "recipe": recipe(),
