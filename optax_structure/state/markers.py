@@ -84,7 +84,7 @@ class RewiringClock(NamedTuple):
     Attributes:
       count: int32 scalar, updates so far.
       before: bool, the masks before the last rewiring: an array a sparse leaf, a scalar True for the others.
-      grads: float32, sum of the dense gradients since the last rewiring: an array a sparse leaf, a scalar 0 for the
+      grads: float32, sum of the last dense gradients: an array a sparse leaf, a scalar 0 for the
         others; ``()`` unless they are accumulated.
     """
 

@@ -64,35 +64,42 @@ def rewire_if_due(
     raw = leaves_by_path(grads)
     sums = {}
     if rule.accumulate > 1:
-        # The last updates before a rewiring and that of the rewiring itself; the others cost nothing.
+        # The last updates before a rewiring and that of the rewiring itself; the others cost nothing. The first of them
+        # writes over what there is: that the rewiring sets it to 0 would cost a copy in every step.
+        begins = since == (1 - rule.accumulate) % rule.every
+
+        def gathered(total: Array, grad: Array) -> Array:
+            return jnp.where(begins, 0.0, total) + grad.astype(jnp.float32)
+
         gathers = (count > rule.start) & (since > rule.every - rule.accumulate) | due
         gathers = gathers if rule.stop is None else gathers & (count <= rule.stop)
         for path, total in leaves_by_path(clock.grads).items():
             if total.ndim:
-                sums[path] = jax.lax.cond(gathers, _added, lambda total, grad: total, total, raw[path])
+                sums[path] = jax.lax.cond(gathers, gathered, lambda total, grad: total, total, raw[path])
     before = {path: of for path, of in leaves_by_path(clock.before).items() if path in sparse}
     choose = _Choice(rule, params, sparse, count)
     renewal = Renewal(inner, inner_state, params, sparse)
     arrays: dict[int, Array] = {}
 
-    def event(masks: ByPath, before: ByPath, arrays: Mapping[int, Array], sums: ByPath) -> Any:
+    def event(masks: ByPath, before: ByPath, arrays: Mapping[int, Array]) -> Any:
         del before
         # Old masks are read while new ones are written. A branch that is never taken tells XLA to set them aside in
         # here; without it a copy of all masks is made in every step.
         masks = jax.lax.cond(count < 0, lambda of: jax.tree.map(jnp.logical_not, of), lambda of: of, masks)
         mine = _finite({path: raw[path] for path in masks})
-        new = choose(masks, _finite({path: of / rule.accumulate for path, of in sums.items()}) if sums else mine)
-        return new, masks, renewal.renewed(arrays, masks, new, mine), jax.tree.map(jnp.zeros_like, sums)
+        mean = _finite({path: sums[path] / rule.accumulate for path in masks}) if sums else mine
+        new = choose(masks, mean)
+        return new, masks, renewal.renewed(arrays, masks, new, mine)
 
     def settle(arrays: Mapping[int, Array], masks: ByPath, before: ByPath) -> Any:
         return renewal.settled(arrays, before, masks, _finite({path: raw[path] for path in masks}))
 
     # A branch a leaf, so that no leaf's update has to wait for the gradients of all.
     for group in [list(sparse)] if rule.per == "tree" else [[path] for path in sparse]:
-        given = (_part(sparse, group), _part(before, group), renewal.arrays(group), _part(sums, group) if sums else {})
-        changed, old, renewed, begun = jax.lax.cond(due, event, lambda *same: same, *given)
+        given = (_part(sparse, group), _part(before, group), renewal.arrays(group))
+        changed, old, renewed = jax.lax.cond(due, event, lambda *same: same, *given)
         renewed = jax.lax.cond(settles, settle, lambda arrays, *_: arrays, renewed, changed, old)
-        sparse, before, arrays, sums = sparse | changed, before | old, arrays | renewed, sums | begun
+        sparse, before, arrays = sparse | changed, before | old, arrays | renewed
     clock = clock._replace(before=map_with_path(lambda path, of: before.get(path, of), clock.before))
     if rule.accumulate > 1:
         clock = clock._replace(grads=map_with_path(lambda path, of: sums.get(path, of), clock.grads))
@@ -103,10 +110,6 @@ def rewire_if_due(
 def _finite(grads: ByPath) -> dict[str, Array]:
     """What is not finite says nothing: the inner optimizer may reject this step, but the masks change in it."""
     return {path: jnp.where(jnp.isfinite(of), of, jnp.zeros_like(of)) for path, of in grads.items()}
-
-
-def _added(total: Array, grad: Array) -> Array:
-    return total + grad.astype(jnp.float32)
 
 
 def _part(values: ByPath, paths: list[str]) -> dict[str, Array]:
