@@ -160,6 +160,7 @@ def test_pruning_the_tree_takes_the_weakest_wherever_they_are() -> None:
     assert kept.sum() == round(0.3 * 80) and sizes[kept].min() > sizes[~kept].max()
 
 
+@pytest.mark.slow
 def test_a_density_by_label() -> None:
     params, _ = net()
     rule = oxs.magnitude_pruning(
@@ -188,6 +189,7 @@ def test_gradients_are_accumulated_over_the_last_updates(accumulate: int, place:
     assert np.flatnonzero(oxs.get_masks(state)["k"]).tolist() == [then]
 
 
+@pytest.mark.slow
 def test_where_nothing_has_a_gradient_growth_is_random_and_not_from_the_left() -> None:
     params = {"k": jnp.zeros((40, 40))}
     masks = oxs.random_masks(jax.random.key(0), params, 0.1)
@@ -381,6 +383,7 @@ def test_it_runs_under_transformations_and_in_bfloat16(kind: str) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {params["head"]["bias"].dtype}
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_rejected_whole() -> None:
     params, masks = net()
     tx = optax.apply_if_finite(oxs.sparse(optax.adam(1e-2), masks, rewire=oxs.rigl_rewiring(every=1)), 5)
@@ -392,6 +395,7 @@ def test_a_step_that_is_not_finite_is_rejected_whole() -> None:
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_the_clock_goes_through_a_transfer() -> None:
     params, masks = net()
     tx = oxs.sparse(oxs.per_leaf(optax.scale_by_adam()), masks, rewire=oxs.rigl_rewiring(every=4, accumulate=4))
@@ -487,6 +491,7 @@ def test_two_of_four_is_pruned_to_exactly() -> None:
 # What a fresh reading found.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [
@@ -519,6 +524,7 @@ def test_a_tile_counts_by_its_sum_though_entries_are_zero() -> None:
     np.testing.assert_array_equal(oxs.get_masks(state)["k"], jnp.zeros((4, 6), bool).at[:2, 2:4].set(True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6], ids=["rewires", "settles"])
 def test_an_inner_optimizer_may_reject_the_step_that_rewires(step: int) -> None:
     params, masks = net()
@@ -533,6 +539,7 @@ def test_an_inner_optimizer_may_reject_the_step_that_rewires(step: int) -> None:
     assert counts_of(oxs.get_masks(state)) == counts_of(masks)
 
 
+@pytest.mark.slow
 def test_what_an_optimizer_keeps_of_a_dropped_weight_is_zero() -> None:
     params, masks = net()
     tx = oxs.sparse(optax.contrib.schedule_free_sgd(1e-2), masks, rewire=oxs.set_rewiring(every=3))
