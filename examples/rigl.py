@@ -28,10 +28,11 @@ options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
 options.add_argument("--data-dir", help="folder of MNIST's four IDX files; scikit-learn's digits without it")
 options.add_argument("--density", type=float, default=0.1, help="share of the connections (default: %(default)s)")
 options.add_argument("--seeds", type=int, default=5)
-options.add_argument("--tiny", action="store_true", help="one seed, few steps")
+options.add_argument("--tiny", action="store_true", help="one seed, few steps, RigL alone")
 args = options.parse_args()
 SEEDS, STEPS, BATCH = (1, 40, 32) if args.tiny else (args.seeds, 1500, 64)
 EVERY = 10 if args.tiny else 100
+ARMS = ("RigL",) if args.tiny else ("dense", "static masks", "RigL")
 
 data = load_data("digits", data_dir=args.data_dir, validation=1 / 6)
 SIDE = data.image_shape[0]
@@ -153,7 +154,7 @@ def train(kind, arm, seed):
 print(f"{len(x)} training images, {STEPS} steps, {SEEDS} seeds, density {args.density:g}\n")
 print("| model | arm | test accuracy, % | parameters that are not 0 | training FLOPs an image, were sparsity free |")
 print("|---|---|---|---|---|")
-runs = [(name, arm) for name in MODELS for arm in ("dense", "static masks", "RigL")]
+runs = [(name, arm) for name in MODELS for arm in ARMS]
 for name, arm in track(runs, "training", transient=True):
     found = [train(MODELS[name], arm, seed) for seed in range(SEEDS)]
     accuracy, cost = np.array([of[0] for of in found]), found[0][1]
