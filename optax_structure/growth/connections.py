@@ -18,7 +18,7 @@ from jax import Array
 from optax_structure._tree import Params, PyTree, align, leaves_by_path, map_with_path
 from optax_structure.extrema import Extrema
 from optax_structure.growth import _common as common
-from optax_structure.sparsity.draws import random_order
+from optax_structure.sparsity.draws import as_scores, number, random_orders, top_k_at_random
 from optax_structure.sparsity.topk import top_k_mask_tree
 from optax_structure.structure import Growth, Units
 
@@ -196,18 +196,6 @@ def _edited(
     return common.assemble(changed, units, labels, {**masks, **placed}, born, {})
 
 
-def _number(masks: Mapping[str, Array]) -> Array:
-    return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks.values()), jnp.int32(0))
-
-
-def _random_order(key: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
-    """Random scores, no two of a leaf equal."""
-    return {
-        path: random_order(jax.random.fold_in(key, number), masks[path].shape)
-        for number, path in enumerate(sorted(masks))
-    }
-
-
 def _broadcast(scores: Mapping[str, Any], masks: Mapping[str, Array]) -> dict[str, Array]:
     return {
         path: jnp.broadcast_to(jnp.asarray(score, jnp.float32), masks[path].shape) for path, score in scores.items()
@@ -226,10 +214,10 @@ def _add(
     fan_in: tuple[tuple[str, int], ...] | None,
 ) -> tuple[Array, dict[str, Array], dict[str, Array], dict[str, Array]]:
     score_key, weight_key = jax.random.split(key)
-    ranked = _random_order(score_key, masks) if scores is None else _broadcast(scores, masks)
+    ranked = random_orders(score_key, masks) if scores is None else _broadcast(scores, masks)
     absent = {path: ~mask for path, mask in masks.items()}
     new = top_k_mask_tree(ranked, count, absent)
-    return _number(absent), *common.connect(weight_key, params, masks, new, code, fan_in)
+    return number(absent), *common.connect(weight_key, params, masks, new, code, fan_in)
 
 
 @jax.jit
@@ -242,24 +230,16 @@ def _prune(
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
     strength = {path: jnp.abs(leaf) for path, leaf in params.items()} if scores is None else scores
     ranked = {path: -score for path, score in _broadcast(strength, masks).items()}
-    gone = top_k_mask_tree(ranked, count, masks)
-    if key is not None:
-        # The scores at the edge of the choice are tied: keep the choice above it, and draw from the tie.
-        edge = functools.reduce(jnp.minimum, [jnp.min(r, where=gone[p], initial=jnp.inf) for p, r in ranked.items()])
-        tied = {path: masks[path] & (score == edge) for path, score in ranked.items()}
-        number = _number({path: gone[path] & tied[path] for path in gone})
-        drawn = top_k_mask_tree(_random_order(key, masks), number, tied)
-        gone = {path: (gone[path] & ~tied[path]) | drawn[path] for path in gone}
+    gone = top_k_mask_tree(ranked, count, masks) if key is None else top_k_at_random(ranked, count, masks, key)
     weights = {path: jnp.where(gone[path], jnp.zeros((), leaf.dtype), leaf) for path, leaf in params.items()}
-    return _number(masks), weights, {path: mask & ~gone[path] for path, mask in masks.items()}
+    return number(masks), weights, {path: mask & ~gone[path] for path, mask in masks.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("units",))
 def _score(
     key: Array, masks: Mapping[str, Array], dead: common.Flags, saturated: common.Flags, *, units: Units
 ) -> dict[str, Array]:
-    # 24 bits: as many as a float32 in [0, 1) tells apart.
-    scores = {path: (bits >> 8).astype(jnp.float32) * 2.0**-24 for path, bits in _random_order(key, masks).items()}
+    scores = {path: as_scores(bits) for path, bits in random_orders(key, masks).items()}
     for group in units.groups:
         for axis in group.axes:
             flags = {"incoming": dead, "outgoing": saturated}.get(axis.role, {})

@@ -19,7 +19,8 @@ from jax import Array
 from optax_structure._tree import Params, PyTree, leaves_by_path
 from optax_structure.extrema import Extrema
 from optax_structure.growth import _common as common
-from optax_structure.growth.connections import _edited, _random_order
+from optax_structure.growth.connections import _edited
+from optax_structure.sparsity.draws import random_orders
 from optax_structure.sparsity.topk import top_k_mask_tree
 from optax_structure.structure import Growth, Link, Patch, Units, kernel_links
 
@@ -289,5 +290,5 @@ def _embed(
         others = tuple(axis for axis in range(len(shape)) if axis not in (link.in_axis, link.out_axis))
         new[link.path] = jnp.expand_dims(hit, others) & ~masks[link.path]
     if max_new is not None:
-        new = top_k_mask_tree(_random_order(trim_key, new), max_new, new)
+        new = top_k_mask_tree(random_orders(trim_key, new), max_new, new)
     return common.connect(weight_key, params, masks, new, code, fan_in)

@@ -28,9 +28,20 @@ def random_order(key: Array, shape: tuple[int, ...]) -> Array:
     return bits
 
 
+def random_orders(key: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
+    """``random_order`` for every leaf of a set."""
+    paths = enumerate(sorted(masks))
+    return {path: random_order(jax.random.fold_in(key, number), masks[path].shape) for number, path in paths}
+
+
 def random_scores(key: Array, shape: tuple[int, ...]) -> Array:
     """Random float32 scores in [0, 1), of 24 bits: as many as a float32 there tells apart."""
-    return (random_order(key, shape) >> 8).astype(jnp.float32) * 2.0**-24
+    return as_scores(random_order(key, shape))
+
+
+def as_scores(order: Array) -> Array:
+    """The upper 24 of 32 random bits as float32 in [0, 1)."""
+    return (order >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def top_k_at_random(scores: Mapping[str, Array], k: Array, where: Mapping[str, Array], key: Array) -> dict[str, Array]:
@@ -43,16 +54,15 @@ def top_k_at_random(scores: Mapping[str, Array], k: Array, where: Mapping[str, A
         jnp.minimum, [jnp.min(of, where=chosen[path], initial=jnp.inf) for path, of in scores.items()]
     )
     tied = {path: where[path] & (of == edge) for path, of in scores.items()}
-    places = _number({path: of & chosen[path] for path, of in tied.items()})
+    places = number({path: of & chosen[path] for path, of in tied.items()})
 
     def draw() -> dict[str, Array]:
-        keys = jax.random.split(key, len(tied))
-        orders = {path: random_order(one, of.shape) for (path, of), one in zip(tied.items(), keys, strict=True)}
-        drawn = top_k_mask_tree(orders, places, tied)
+        drawn = top_k_mask_tree(random_orders(key, tied), places, tied)
         return {path: (chosen[path] & ~tied[path]) | drawn[path] for path in chosen}
 
-    return jax.lax.cond(_number(tied) > places, draw, lambda: chosen)
+    return jax.lax.cond(number(tied) > places, draw, lambda: chosen)
 
 
-def _number(masks: Mapping[str, Array]) -> Array:
+def number(masks: Mapping[str, Array]) -> Array:
+    """How many entries of all leaves are True: int32 scalar."""
     return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks.values()), jnp.int32(0))
