@@ -155,7 +155,8 @@ def sparse(
       rewire: ``set_rewiring()``, ``rigl_rewiring()``, ``magnitude_pruning(...)`` and others, or ``rewiring(...)``.
 
     Returns:
-      A transformation whose ``update`` needs ``params``. Its state costs one byte a weight of the sparse leaves.
+      A transformation whose ``update`` needs ``params``. Its state costs one byte a weight of the sparse leaves, two
+      with ``rewire=``, and four more where the rule accumulates gradients.
 
     Raises:
       ValueError: at ``init``, for masks of another structure, shape or dtype than the params, or without the pattern of
@@ -213,6 +214,6 @@ def sparse(
         )
         return jax.tree.map(_kept, updates, mine, params), SparseState(Masks(mine), inner_state, clock)
 
-    cost = "1 B a connection" if rewire is None else "2 B a connection" + " + 4" * (rewire.accumulate > 1)
+    cost = "1 B a connection" if rewire is None else f"{2 + 4 * (rewire.accumulate > 1)} B a connection"
     shown = {} if rewire is None else rewire.shown()
     return transformation(init_fn, update_fn, Rule("sparse", shown, cost, (inner,)))

@@ -72,7 +72,8 @@ def observe(inner: optax.GradientTransformation) -> optax.GradientTransformation
     """Hand the raw gradient and the optimizer's second moments to the rules inside: ``grads=``, ``second_moment=``.
 
     A member of a chain sees neither what came in at the front nor the state of its siblings. This stands around all of
-    it, outermost or first inside ``sparse``, and passes on with every other extra argument
+    it, outermost or first inside ``sparse`` (around one that rewires it raises), and passes on with every other extra
+    argument
 
     - ``grads=``: the updates that it gets itself. An enclosed ``sparse`` masks them as it masks its gradients.
     - ``second_moment=``: tree with the structure of params, the running mean of every squared gradient that reached the

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from optax_structure._tree import Params, PyTree, leaves_by_path, map_with_path
+from optax_structure._tree import Params, PyTree, is_masked, leaves_by_path, map_with_path
 from optax_structure.sparsity.draws import top_k_at_random
 from optax_structure.state.carrying import Renewal
 from optax_structure.state.markers import RewiringClock
+from optax_structure.transforms.rewiring.rules import Rewiring
 from optax_structure.transforms.rewiring.scores import Score, ScoredLeaf
-
-if TYPE_CHECKING:
-    from optax_structure.transforms.rewiring.rules import Rewiring
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _SETTLED = 20
@@ -123,6 +120,9 @@ class _Choice:
         shapes = {path: mask.shape for path, mask in masks.items()}
         self.rule, self.count = rule, count
         self.weights = leaves_by_path(params)
+        # The place of a leaf in the whole tree, so that each draws its own: the leaves of other groups of
+        # optax.partition count, names do not.
+        self.places = {path: place for place, path in enumerate(leaves_by_path(params, is_leaf=is_masked))}
         self.cells = {path: rule.pattern.cells(shape) for path, shape in shapes.items()}
         self.targets = rule.budget.targets(params, shapes, self.cells)
 
@@ -154,8 +154,7 @@ class _Choice:
 
     def _leaves(self, masks: ByPath, grads: ByPath, salt: int) -> dict[str, ScoredLeaf]:
         key = jax.random.fold_in(self.rule.key(), self.count)
-        # By its path a leaf draws the same whatever else is in the tree, and not what another group's leaf draws.
-        keys = {path: jax.random.fold_in(key, zlib.crc32(f"{path}/{salt}".encode())) for path in masks}
+        keys = {path: jax.random.fold_in(key, 2 * self.places[path] + salt) for path in masks}
         return {path: ScoredLeaf(self.weights[path], grads[path], mask, keys[path]) for path, mask in masks.items()}
 
     def _taken(
