@@ -102,8 +102,7 @@ def carry(
     return jax.tree.unflatten(treedef, placed)
 
 
-@functools.lru_cache(maxsize=64)
-def _plan_in_place(
+def _plan(
     tx: optax.GradientTransformation,
     state_def: Any,
     state_shapes: tuple[tuple[int, ...], ...],
@@ -113,7 +112,7 @@ def _plan_in_place(
     shifted: frozenset[str],
     labels: tuple[tuple[str, str], ...],
 ) -> tuple[tuple[Move, ...], tuple[CohortPlan, ...], tuple[str, ...], tuple[tuple[str, int], ...]]:
-    """The plan of a change that moves no leaf: it depends on no value, so every later event finds it here."""
+    """The plan of a change that moves no leaf: it depends on no value."""
     params = jax.tree.unflatten(params_def, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in param_shapes])
     state = jax.tree.unflatten(state_def, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in state_shapes])
     entries = slots.read(tx, state, params)
@@ -136,6 +135,10 @@ def _plan_in_place(
         (e.path, i) for i, e in enumerate(entries) if e.kind is Masks and e.path is not None and len(e.value.shape)
     )
     return moves, cohorts, tuple(e.path or "" for e in entries), masks
+
+
+_plan_in_place = functools.lru_cache(maxsize=64)(_plan)
+"""Every later event finds its plan here."""
 
 
 def carry_in_place(
@@ -174,12 +177,9 @@ class Renewal:
         self.tx, self.params = tx, params
         self.values, self.treedef = jax.tree.flatten(state)
         leaves, params_def = jax.tree.flatten(params)
-        shapes = (tuple(value.shape for value in values) for values in (self.values, leaves))
-        of_state, of_params = shapes
+        of_state, of_params = (tuple(value.shape for value in values) for values in (self.values, leaves))
         # Not from the cache: inside a program the transformation may hold tracers.
-        moves, *_ = _plan_in_place.__wrapped__(
-            tx, self.treedef, of_state, params_def, of_params, frozenset(paths), frozenset(), ()
-        )
+        moves, *_ = _plan(tx, self.treedef, of_state, params_def, of_params, frozenset(paths), frozenset(), ())
         kept = ("keep", "cohort", "since", "unborn")
         self.moves = {index: op for index, op in enumerate(moves) if op.kind not in kept and op.path in paths}
 
