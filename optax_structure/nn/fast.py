@@ -137,8 +137,8 @@ class BlockLinear(_FastLinear):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from optax_structure.nn.fast import BlockLinear
-      >>> layer = BlockLinear(784, 512, tile=32, density=0.1, rngs=nnx.Rngs(0))
+      >>> from optax_structure import nn
+      >>> layer = nn.BlockLinear(784, 512, tile=32, density=0.1, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((3, 784))).shape, layer.kernel.shape
       ((3, 512), (40, 32, 32))
     """
@@ -216,8 +216,8 @@ class FanInLinear(_FastLinear):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from optax_structure.nn.fast import FanInLinear
-      >>> layer = FanInLinear(784, 512, density=0.02, rngs=nnx.Rngs(0))
+      >>> from optax_structure import nn
+      >>> layer = nn.FanInLinear(784, 512, density=0.02, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((3, 784))).shape, layer.kernel.shape
       ((3, 512), (16, 512))
     """
@@ -295,9 +295,9 @@ def to_blocks(layer: SparseLinear, tile: int = 32) -> BlockLinear:
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from optax_structure.nn import SparseLinear, fast
-      >>> layer = SparseLinear(4, 2, mask=jnp.arange(4)[:, None] < jnp.array([2, 2]), rngs=nnx.Rngs(0))
-      >>> fast.to_blocks(layer, 2).kernel_index[...].tolist()
+      >>> from optax_structure import nn
+      >>> layer = nn.SparseLinear(4, 2, mask=jnp.arange(4)[:, None] < jnp.array([2, 2]), rngs=nnx.Rngs(0))
+      >>> nn.to_blocks(layer, 2).kernel_index[...].tolist()
       [[0, 0]]
     """
     values, index = blocks_from_kernel(*_masked(layer), tile)
@@ -320,9 +320,9 @@ def to_fan_in(layer: SparseLinear) -> FanInLinear:
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from optax_structure.nn import SparseLinear, fast
-      >>> layer = SparseLinear(4, 2, mask=jnp.arange(4)[:, None] < jnp.array([2, 2]), rngs=nnx.Rngs(0))
-      >>> fast.to_fan_in(layer).kernel_index[...].tolist()
+      >>> from optax_structure import nn
+      >>> layer = nn.SparseLinear(4, 2, mask=jnp.arange(4)[:, None] < jnp.array([2, 2]), rngs=nnx.Rngs(0))
+      >>> nn.to_fan_in(layer).kernel_index[...].tolist()
       [[0, 0], [1, 1]]
     """
     weights, index = fan_in_from_kernel(*_masked(layer))
@@ -341,9 +341,9 @@ def to_masked(layer: BlockLinear | FanInLinear, masked_by: MaskedBy = "forward")
 
     Example:
       >>> from flax import nnx
-      >>> from optax_structure.nn import fast
-      >>> layer = fast.BlockLinear(8, 8, tile=4, density=0.5, rngs=nnx.Rngs(0))
-      >>> int(fast.to_masked(layer).kernel_mask[...].sum())
+      >>> from optax_structure import nn
+      >>> layer = nn.BlockLinear(8, 8, tile=4, density=0.5, rngs=nnx.Rngs(0))
+      >>> int(nn.to_masked(layer).kernel_mask[...].sum())
       32
     """
     shape = (layer.in_features, layer.out_features)

@@ -13,7 +13,6 @@ from jax import Array
 
 from optax_structure.nn.fast import block_values, fan_in_weights
 from optax_structure.nn.initialisers import Initializer
-from optax_structure.sparsity._forms import check_density
 from optax_structure.sparsity.blocks import block_matmul, blocks_from_kernel, kernel_from_blocks, random_blocks
 from optax_structure.sparsity.fan_in import (
     Transpose,
@@ -23,6 +22,7 @@ from optax_structure.sparsity.fan_in import (
     random_fan_in,
     transpose_fan_in,
 )
+from optax_structure.sparsity.masks import checked_density
 from optax_structure.transforms.freezing.gates import gated
 
 Variables = Mapping[str, Mapping[str, Any]]
@@ -52,8 +52,8 @@ class BlockDense(linen.Module):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from optax_structure.nn.fast_linen import BlockDense
-      >>> layer = BlockDense(512, tile=32, density=0.1)
+      >>> from optax_structure import nn
+      >>> layer = nn.linen.BlockDense(512, tile=32, density=0.1)
       >>> variables = layer.init(jax.random.key(0), jnp.ones((3, 784)))
       >>> layer.apply(variables, jnp.ones((3, 784))).shape, variables["params"]["kernel"].shape
       ((3, 512), (40, 32, 32))
@@ -69,7 +69,7 @@ class BlockDense(linen.Module):
     bias_init: Initializer = jax.nn.initializers.zeros
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        checked_density(self.density)
         super().__post_init__()
 
     @linen.compact
@@ -116,8 +116,8 @@ class FanInDense(linen.Module):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from optax_structure.nn.fast_linen import FanInDense
-      >>> layer = FanInDense(512, density=0.02)
+      >>> from optax_structure import nn
+      >>> layer = nn.linen.FanInDense(512, density=0.02)
       >>> variables = layer.init(jax.random.key(0), jnp.ones((3, 784)))
       >>> layer.apply(variables, jnp.ones((3, 784))).shape, variables["params"]["kernel"].shape
       ((3, 512), (16, 512))
@@ -132,7 +132,7 @@ class FanInDense(linen.Module):
     bias_init: Initializer = jax.nn.initializers.zeros
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        checked_density(self.density)
         super().__post_init__()
 
     @linen.compact
@@ -175,9 +175,9 @@ def to_blocks(variables: Variables, tile: int = 32) -> dict[str, dict[str, Any]]
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.nn import fast_linen
+      >>> from optax_structure import nn
       >>> variables = {"params": {"kernel": jnp.ones((2, 4))}, "masks": {"kernel": jnp.ones((2, 4), bool)}}
-      >>> fast_linen.to_blocks(variables, 2)["index"]["kernel"].tolist()
+      >>> nn.linen.to_blocks(variables, 2)["index"]["kernel"].tolist()
       [[0, 0], [0, 1]]
     """
     kernel, index = blocks_from_kernel(variables["params"]["kernel"], variables["masks"]["kernel"], tile)
@@ -199,9 +199,9 @@ def to_fan_in(variables: Variables) -> dict[str, dict[str, Any]]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.nn import fast_linen
+      >>> from optax_structure import nn
       >>> variables = {"params": {"kernel": jnp.ones((2, 2))}, "masks": {"kernel": jnp.eye(2, dtype=bool)}}
-      >>> fast_linen.to_fan_in(variables)["index"]["kernel"].tolist()
+      >>> nn.linen.to_fan_in(variables)["index"]["kernel"].tolist()
       [[0, 1]]
     """
     kernel, index = fan_in_from_kernel(variables["params"]["kernel"], variables["masks"]["kernel"])
@@ -222,9 +222,9 @@ def to_masked(variables: Variables, shape: tuple[int, int]) -> dict[str, dict[st
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.nn import fast_linen
+      >>> from optax_structure import nn
       >>> variables = {"params": {"kernel": jnp.ones((1, 2, 2))}, "index": {"kernel": jnp.array([[0, 1]])}}
-      >>> fast_linen.to_masked(variables, (2, 4))["masks"]["kernel"].sum(0).tolist()
+      >>> nn.linen.to_masked(variables, (2, 4))["masks"]["kernel"].sum(0).tolist()
       [0, 0, 2, 2]
     """
     values, index = variables["params"]["kernel"], variables["index"]["kernel"]

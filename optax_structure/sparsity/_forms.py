@@ -45,12 +45,6 @@ def accumulated(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def check_density(density: Any) -> None:
-    """Refuse a share of connections outside (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, (int, float, np.number)) or not 0.0 < density <= 1.0:
-        raise ValueError(f"density={density!r} must be a number in (0, 1], the share of connections that is kept.")
-
-
 def check_count(count: Any) -> Array:
     """A count as an int32 scalar, so that no new value compiles anew."""
     if not isinstance(count, jax.Array) and (

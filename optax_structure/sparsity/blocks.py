@@ -20,13 +20,12 @@ from optax_structure.sparsity._forms import (
     Rewired,
     accumulated,
     check_count,
-    check_density,
     check_kernel,
     check_range,
     exchange_weakest,
 )
 from optax_structure.sparsity.draws import random_order
-from optax_structure.sparsity.masks import random_masks
+from optax_structure.sparsity.masks import checked_density, random_masks
 
 Shape = tuple[int, int]
 
@@ -52,9 +51,9 @@ def block_matmul(x: Array, values: Array, index: Array, features: int) -> Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.sparsity import blocks
+      >>> import optax_structure as oxs
       >>> values, index = jnp.ones((1, 2, 2)), jnp.array([[1, 0]])   # rows 2 and 3, columns 0 and 1
-      >>> blocks.block_matmul(jnp.array([[1.0, 2.0, 3.0, 4.0]]), values, index, 4).tolist()
+      >>> oxs.block_matmul(jnp.array([[1.0, 2.0, 3.0, 4.0]]), values, index, 4).tolist()
       [[7.0, 7.0, 0.0, 0.0]]
 
     References:
@@ -129,11 +128,11 @@ def random_blocks(key: Array, shape: Shape, tile: int, density: float, *, min_fa
 
     Example:
       >>> import jax
-      >>> from optax_structure.sparsity import blocks
-      >>> blocks.random_blocks(jax.random.key(0), (784, 512), 32, 0.1).shape     # of 25 x 16
+      >>> import optax_structure as oxs
+      >>> oxs.random_blocks(jax.random.key(0), (784, 512), 32, 0.1).shape     # of 25 x 16
       (40, 2)
     """
-    check_density(density)
+    checked_density(density)
     grid = _grid(shape, tile)
     number = max(1, round(density * grid[0] * grid[1]))
     if number < min_fan_in * grid[1]:
@@ -165,9 +164,9 @@ def blocks_from_kernel(kernel: Array, mask: Array, tile: int) -> tuple[Array, Ar
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.sparsity import blocks
+      >>> import optax_structure as oxs
       >>> mask = jnp.array([[True, True, False], [True, True, False]])
-      >>> values, index = blocks.blocks_from_kernel(jnp.ones((2, 3)), mask, 2)
+      >>> values, index = oxs.blocks_from_kernel(jnp.ones((2, 3)), mask, 2)
       >>> values.shape, index.tolist()
       ((1, 2, 2), [[0, 0]])
     """
@@ -211,8 +210,8 @@ def kernel_from_blocks(values: Array, index: Array, shape: Shape) -> tuple[Array
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.sparsity import blocks
-      >>> kernel, mask = blocks.kernel_from_blocks(jnp.full((1, 2, 2), 7.0), jnp.array([[0, 1]]), (2, 3))
+      >>> import optax_structure as oxs
+      >>> kernel, mask = oxs.kernel_from_blocks(jnp.full((1, 2, 2), 7.0), jnp.array([[0, 1]]), (2, 3))
       >>> kernel.tolist(), mask.tolist()
       ([[0.0, 0.0, 7.0], [0.0, 0.0, 7.0]], [[False, False, True], [False, False, True]])
     """
@@ -254,10 +253,10 @@ def rewire_blocks(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from optax_structure.sparsity import blocks
+      >>> import optax_structure as oxs
       >>> values, index = jnp.array([[[3.0]], [[1.0]]]), jnp.array([[0, 0], [1, 1]])
       >>> grid = jnp.array([[0.0, 5.0], [9.0, 9.0]])
-      >>> rewired = blocks.rewire_blocks(jax.random.key(0), values, index, (2, 2), 1, scores=grid)
+      >>> rewired = oxs.rewire_blocks(jax.random.key(0), values, index, (2, 2), 1, scores=grid)
       >>> rewired.index.tolist(), rewired.values.ravel().tolist(), rewired.new.ravel().tolist()
       ([[0, 0], [1, 0]], [3.0, 0.0], [False, True])
 

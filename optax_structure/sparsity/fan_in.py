@@ -20,12 +20,12 @@ from optax_structure.sparsity._forms import (
     Rewired,
     accumulated,
     check_count,
-    check_density,
     check_kernel,
     check_range,
     exchange_weakest,
 )
 from optax_structure.sparsity.draws import random_order
+from optax_structure.sparsity.masks import checked_density
 from optax_structure.sparsity.topk import top_k_mask
 
 Shape = tuple[int, int]
@@ -59,8 +59,8 @@ def transpose_fan_in(index: Array, in_features: int) -> Transpose:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.sparsity import fan_in
-      >>> table = fan_in.transpose_fan_in(jnp.array([[2, 0, 2]]), 3)
+      >>> import optax_structure as oxs
+      >>> table = oxs.transpose_fan_in(jnp.array([[2, 0, 2]]), 3)
       >>> table.order.tolist(), table.starts.tolist()
       ([1, 0, 2], [0, 1, 1, 3])
     """
@@ -93,9 +93,9 @@ def fan_in_matmul(x: Array, weights: Array, index: Array, transpose: Transpose |
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.sparsity import fan_in
+      >>> import optax_structure as oxs
       >>> weights, index = jnp.array([[2.0, 1.0], [1.0, 1.0]]), jnp.array([[0, 1], [2, 1]])
-      >>> fan_in.fan_in_matmul(jnp.array([[1.0, 10.0, 100.0]]), weights, index).tolist()
+      >>> oxs.fan_in_matmul(jnp.array([[1.0, 10.0, 100.0]]), weights, index).tolist()
       [[102.0, 20.0]]
 
     References:
@@ -185,11 +185,11 @@ def random_fan_in(key: Array, shape: Shape, density: float) -> Array:
 
     Example:
       >>> import jax
-      >>> from optax_structure.sparsity import fan_in
-      >>> fan_in.random_fan_in(jax.random.key(0), (784, 512), 0.02).shape
+      >>> import optax_structure as oxs
+      >>> oxs.random_fan_in(jax.random.key(0), (784, 512), 0.02).shape
       (16, 512)
     """
-    check_density(density)
+    checked_density(density)
     number = round(density * shape[0])
     if number < 1:
         raise ValueError(
@@ -226,9 +226,9 @@ def fan_in_from_kernel(kernel: Array, mask: Array) -> tuple[Array, Array]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.sparsity import fan_in
+      >>> import optax_structure as oxs
       >>> kernel = jnp.arange(6.0).reshape(3, 2)
-      >>> weights, index = fan_in.fan_in_from_kernel(kernel, jnp.array([[True, False], [False, False], [False, True]]))
+      >>> weights, index = oxs.fan_in_from_kernel(kernel, jnp.array([[True, False], [False, False], [False, True]]))
       >>> weights.tolist(), index.tolist()
       ([[0.0, 5.0]], [[0, 2]])
     """
@@ -262,8 +262,8 @@ def kernel_from_fan_in(weights: Array, index: Array, in_features: int) -> tuple[
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_structure.sparsity import fan_in
-      >>> kernel, mask = fan_in.kernel_from_fan_in(jnp.array([[5.0, 7.0]]), jnp.array([[1, 0]]), 2)
+      >>> import optax_structure as oxs
+      >>> kernel, mask = oxs.kernel_from_fan_in(jnp.array([[5.0, 7.0]]), jnp.array([[1, 0]]), 2)
       >>> kernel.tolist(), mask.tolist()
       ([[0.0, 7.0], [5.0, 0.0]], [[False, True], [True, False]])
     """
@@ -299,9 +299,9 @@ def rewire_fan_in(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from optax_structure.sparsity import fan_in
+      >>> import optax_structure as oxs
       >>> weights, index = jnp.array([[3.0, 1.0], [2.0, 4.0]]), jnp.array([[0, 1], [1, 2]])
-      >>> rewired = fan_in.rewire_fan_in(jax.random.key(0), weights, index, 3, 1)
+      >>> rewired = oxs.rewire_fan_in(jax.random.key(0), weights, index, 3, 1)
       >>> rewired.index.tolist(), rewired.values.tolist(), rewired.new.tolist()
       ([[0, 0], [2, 2]], [[3.0, 0.0], [0.0, 4.0]], [[False, True], [True, False]])
 

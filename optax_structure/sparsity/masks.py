@@ -169,7 +169,7 @@ def _groups(
 ) -> list[tuple[str, float, list[str]]]:
     """Name for messages, density and paths of each group that has a budget of its own."""
     if not isinstance(density, Mapping):
-        return [(f"density={density!r}", _checked_density(density, "density"), list(shapes))]
+        return [(f"density={density!r}", checked_density(density, "density"), list(shapes))]
     if labels is None:
         raise ValueError("density is a mapping from labels, so labels are needed; pass labels= or a single density.")
     label_of = leaves_by_path(align(labels, params, "labels"))
@@ -185,12 +185,13 @@ def _groups(
             )
         groups.setdefault(label_of[path], []).append(path)
     return [
-        (f"density[{label!r}]={density[label]!r}", _checked_density(density[label], f"density[{label!r}]"), paths)
+        (f"density[{label!r}]={density[label]!r}", checked_density(density[label], f"density[{label!r}]"), paths)
         for label, paths in groups.items()
     ]
 
 
-def _checked_density(density: Any, name: str) -> float:
+def checked_density(density: Any, name: str = "density") -> float:
+    """A share of connections in (0, 1], or ``ValueError``."""
     if isinstance(density, bool) or not isinstance(density, (int, float, np.number)) or not 0 < density <= 1:
         raise ValueError(f"{name}={density!r} must be a number in (0, 1], the share of connections that is kept.")
     return float(density)

@@ -86,7 +86,8 @@ def run_prune_controls(
     - ``dense``: never pruned.
     - ``random_pruning``: the same schedule, what goes is drawn; left out where the run itself draws.
     - ``final_masks``: the connections that were left, from the first step on. They start with the random numbers that
-      they had in the dense network, scaled to the number of inputs that each unit has now (the lottery ticket).
+      they had in the dense network, scaled to the number of inputs that each unit has now (but for that scale, a
+      lottery ticket).
     - ``random_masks``: as many connections, drawn, from the first step on, divided among the kernels as asked (ERK for
       ``global``).
 
