@@ -5,6 +5,7 @@ Imports nothing beyond JAX and pytest, so that the suite of the transformations 
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -53,6 +54,18 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+_ENDED = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Forget the compiled programs of the last hundred tests.
+
+    Each holds memory maps, of which Linux gives a process 65,530: the process of a longer suite dies of it.
+    """
+    if next(_ENDED) % 100 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
