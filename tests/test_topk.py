@@ -74,6 +74,35 @@ def test_large_leaf_with_many_ties(k: int) -> None:
     np.testing.assert_array_equal(top_k_mask(jnp.zeros((100, 100)), k), np.arange(10_000).reshape(100, 100) < k)
 
 
+@pytest.mark.parametrize("kind", ["normal", "wide", "half zero", "nearly all equal", "by columns", "limits", "uint32"])
+def test_a_leaf_large_enough_to_be_sampled(kind: str) -> None:
+    rng, shape = np.random.default_rng(5), (300, 257)
+    normal = rng.normal(size=shape)
+    scores = {
+        "normal": np.abs(normal),
+        "wide": normal * np.exp(20 * rng.normal(size=shape)),
+        "half zero": np.where(normal > 0, normal, 0),
+        "nearly all equal": np.where(rng.random(shape) < 1e-3, normal, 0.25),  # a sample sees one number
+        "by columns": np.where(np.arange(shape[1]) % 8 == 3, 1e6, 0) + normal,  # a sample by steps misses or doubles it
+        "limits": rng.choice(np.array(EDGES), shape),
+        "uint32": rng.choice(np.array([0, 1, 2**32 - 2, 2**32 - 1]), shape),
+    }[kind].astype(np.uint32 if kind == "uint32" else np.float32)
+    where = rng.random(shape) < 0.3
+    for k in (0, 1, 2, 40, 7_000, int(where.sum()) - 1, int(where.sum()), 70_000):
+        np.testing.assert_array_equal(top_k_mask(jnp.asarray(scores), k, where), expected(scores, k, where), str(k))
+        np.testing.assert_array_equal(top_k_mask(jnp.asarray(scores), k), expected(scores, k), str(k))
+
+
+def test_a_large_tree_of_many_shapes() -> None:
+    rng = np.random.default_rng(6)
+    shapes = [(), (3,), (3, 3, 16, 300), (70_000,), (1, 9_000), (2, 2, 2, 2, 2)]
+    tree = [rng.normal(size=shape).astype(np.float32) * 10.0**n for n, shape in enumerate(shapes)]
+    flat = np.concatenate([leaf.ravel() for leaf in tree])
+    for k in (0, 3, 5_000, 100_000, flat.size):
+        got = np.concatenate([np.ravel(leaf) for leaf in top_k_mask_tree([jnp.asarray(leaf) for leaf in tree], k)])
+        np.testing.assert_array_equal(got, expected(flat, k))
+
+
 def test_tree_equals_the_concatenation() -> None:
     rng = np.random.default_rng(2)
     tree = {
@@ -204,12 +233,15 @@ def test_bad_input_raises() -> None:
             kth_largest(jnp.ones(3), k)
 
 
-def test_a_sharded_leaf_stays_sharded() -> None:
+@pytest.mark.parametrize("shape", [(6, 8), (300, 256)])
+def test_a_sharded_leaf_stays_sharded(shape: tuple[int, int]) -> None:
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
-    scores = np.random.default_rng(4).integers(0, 9, (6, 8)).astype(np.float32)
+    scores = np.random.default_rng(4).integers(0, 9, shape).astype(np.float32)
     mask = top_k_mask(jax.device_put(scores, sharding), 11)
     np.testing.assert_array_equal(mask, expected(scores, 11))
     assert mask.sharding.is_equivalent_to(sharding, 2)
+    compiled = jax.jit(top_k_mask).lower(jax.device_put(scores, sharding), 11).compile().as_text()
+    assert f"[{shape[0]},{shape[1]}]" not in "".join(line for line in compiled.splitlines() if "all-gather" in line)

@@ -1,14 +1,18 @@
 """Exact selection of the k largest entries, without a sort.
 
-Each number becomes an unsigned integer of the same order, and the k-th largest is found bit by bit from the top:
-at most 32 passes that compare and count, each one fused reduction. Nothing is sorted, gathered or scattered, so the
-cost is that of reading the array a few dozen times, on any accelerator, at any k.
+Each number becomes an unsigned integer of the same order, and the k-th largest is found by passes that compare and
+count, each one fused reduction: bit by bit from the top, at most 32; in a large array about ten, between two bounds
+that a sample of it gives. Nothing is sorted, gathered or scattered, so the cost is that of reading the array a dozen
+times, on any accelerator, at any k.
+
+References:
+  Floyd and Rivest, Expected time bounds for selection, 1975: bounds from a sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,8 @@ from optax_structure._tree import PyTree, align
 
 _SIGN = np.uint32(0x80000000)
 _INFINITY = np.uint32(0x7F800000)
+_LAST = np.uint32(0xFFFFFFFF)
+_SAMPLE = 4096
 
 
 def _kind(dtype: Any) -> str:
@@ -69,6 +75,77 @@ def _total(parts: list[Array]) -> Array:
     )
 
 
+class _Bracket(NamedTuple):
+    """What is known of the threshold: at least ``low``, which ``reached`` keys reach; at most ``last``, above which are
+    ``above``, fewer than k."""
+
+    low: Array
+    last: Array
+    reached: Array
+    above: Array
+
+    def narrowed(self, trial: Array, number: Array, k: Array) -> _Bracket:
+        """With what is known of one more threshold; one outside of the bracket says nothing."""
+        inside = (trial > self.low) & (trial <= self.last)
+        up, down = inside & (number >= k), inside & (number < k)
+        low, reached = jnp.where(up, trial, self.low), jnp.where(up, number, self.reached)
+        return _Bracket(low, jnp.where(down, trial - 1, self.last), reached, jnp.where(down, number, self.above))
+
+    def trial(self, passes: Array, k: Array) -> Array:
+        """A threshold on the far side of the wanted one, as close as chance lets it be were the keys spread evenly.
+
+        Both sides close in this way. Keys that are not spread evenly are halved now and then, and at last always.
+        """
+        width = self.last - self.low
+        keys, excess = (of.astype(jnp.float32) for of in (self.reached - self.above, self.reached - k))
+        deviation = jnp.where(keys > 16, jnp.sqrt(excess * jnp.maximum(1 - excess / keys, 0)), 0)
+        aim = excess + jnp.where(excess * 2 > keys, -deviation, deviation)
+        share = jnp.clip((aim + 0.5) / (keys + 1), 0, 1 - 2.0**-20)
+        offset = jnp.minimum((share * width.astype(jnp.float32)).astype(jnp.uint32), width - 1)
+        return self.low + 1 + jnp.where((passes % 4 == 3) | (passes > 12), (width - 1) // 2, offset)
+
+
+def _sample(key: Array, share: float) -> Array:
+    """About that share of the entries, from all over the array. By axes: to flatten a sharded array would gather it."""
+    strides = []
+    for axis in sorted(range(key.ndim), key=lambda axis: key.shape[axis]):
+        stride = min(round(share ** (-1 / (key.ndim - len(strides)))), max(key.shape[axis] // 8, 1))
+        strides.append((axis, stride))
+        share *= stride
+    return key[tuple(slice(None, None, stride) for _, stride in sorted(strides))].ravel()
+
+
+def _kth_key(keys: list[Array], k: Array, candidates: Array) -> tuple[Array, Array]:
+    """The largest threshold that at least k keys reach, or one that k do, and how many reach it."""
+
+    def count(threshold: Array) -> Array:
+        return _total([key >= threshold for key in keys])
+
+    total = sum(key.size for key in keys)
+    if total < 16 * _SAMPLE:
+        return _threshold(count, 32, k, candidates)
+    sample = jnp.concatenate([_sample(key, _SAMPLE / total) for key in keys])
+    rank = k.astype(jnp.float32) * (sample.size / total)
+    margin = 2.5 * jnp.sqrt(rank) + 1
+    ranks = jnp.stack([jnp.ceil(rank + margin), jnp.floor(rank - margin)]).astype(jnp.int32)
+    size = jnp.int32(sample.size)
+    (low, high), _ = jax.vmap(lambda rank: _threshold(lambda of: _total([sample >= of]), 32, rank, size))(ranks)
+    # Above the upper bound, so that two passes are all where most entries are equal and both bounds are that number.
+    first = jnp.stack([low, high + 1])
+
+    def unfinished(carry: tuple[Array, _Bracket]) -> Array:
+        return (carry[1].low < carry[1].last) & (carry[1].reached != k)
+
+    def step(carry: tuple[Array, _Bracket]) -> tuple[Array, _Bracket]:
+        passes, bracket = carry
+        trial = jnp.where(passes < 2, first[jnp.minimum(passes, 1)], bracket.trial(passes, k))
+        return passes + 1, bracket.narrowed(trial, count(trial), k)
+
+    everything = _Bracket(jnp.uint32(0), jnp.uint32(_LAST), candidates, jnp.int32(0))
+    _, bracket = lax.while_loop(unfinished, step, (jnp.int32(0), everything))
+    return bracket.low, bracket.reached
+
+
 @jax.jit
 def _select(scores: list[Array], where: list[Array], k: Array) -> list[Array]:
     where = [jnp.broadcast_to(w, s.shape) for w, s in zip(where, scores, strict=True)]
@@ -76,7 +153,7 @@ def _select(scores: list[Array], where: list[Array], k: Array) -> list[Array]:
     keys = [jnp.where(w, _order_keys(s), jnp.uint32(0)) for w, s in zip(where, scores, strict=True)]
     candidates = _total(where)
     k = jnp.clip(k, 0, candidates)
-    lowest, reached = _threshold(lambda t: _total([key >= t for key in keys]), 32, k, candidates)
+    lowest, reached = _kth_key(keys, k, candidates)
 
     # Equal scores at the threshold: the lowest positions win. No pass is made when the threshold parts them already.
     starts = np.cumsum([0, *(s.size for s in scores)])
