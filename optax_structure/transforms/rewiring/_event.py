@@ -57,6 +57,7 @@ def rewire_if_due(
     since = (count - rule.start) % rule.every
     due = rule.is_due(count)
     age = min(_SETTLED, rule.every // 2)
+    # At most half a period later, so never together with the next.
     settles = rule.is_due(count - age) if age else jnp.zeros((), bool)
     raw = leaves_by_path(grads)
     sums = {}
@@ -88,14 +89,16 @@ def rewire_if_due(
         new = choose(masks, mean)
         return new, masks, renewal.renewed(arrays, masks, new, mine)
 
-    def settle(arrays: Mapping[int, Array], masks: ByPath, before: ByPath) -> Any:
-        return renewal.settled(arrays, before, masks, _finite({path: raw[path] for path in masks}))
+    def settle(masks: ByPath, before: ByPath, arrays: Mapping[int, Array]) -> Any:
+        return masks, before, renewal.settled(arrays, before, masks, _finite({path: raw[path] for path in masks}))
+
+    def rare(*given: Any) -> Any:
+        return jax.lax.cond(due, event, settle, *given) if age else event(*given)
 
     # A branch a leaf, so that no leaf's update has to wait for the gradients of all.
     for group in [list(sparse)] if rule.per == "tree" else [[path] for path in sparse]:
         given = (_part(sparse, group), _part(before, group), renewal.arrays(group))
-        changed, old, renewed = jax.lax.cond(due, event, lambda *same: same, *given)
-        renewed = jax.lax.cond(settles, settle, lambda arrays, *_: arrays, renewed, changed, old)
+        changed, old, renewed = jax.lax.cond(due | settles, rare, lambda *same: same, *given)
         sparse, before, arrays = sparse | changed, before | old, arrays | renewed
     clock = clock._replace(before=map_with_path(lambda path, of: before.get(path, of), clock.before))
     if rule.accumulate > 1:
