@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import optax_structure as oxs
 from optax_structure._tree import leaves_by_path, map_with_path
 from optax_structure.extrema import Extrema
 from optax_structure.growth import (
@@ -543,6 +544,41 @@ def test_embedded_blocks_trim_exactly_and_leave_existing_weights() -> None:
                 assert not np.any(np.asarray(trimmed) & ~np.asarray(whole)) and not np.any(kept & ~np.asarray(trimmed))
 
 
+def test_patches_as_tiles_keep_masks_of_tiles_and_the_network_fast() -> None:
+    params, _, units, layers, x = network("mlp", 1.0)
+    masks = oxs.random_masks(KEY, params, 0.3, pattern=oxs.tiles(4))
+    masks["head"]["kernel"] = True
+    params = oxs.apply_masks(params, masks)
+    # 9 -> 8 -> 7 units: the grids are 3 x 2 and 2 x 2, and cut off at their edges.
+    extrema = Extrema({"b": jnp.arange(8) == 1, "c": jnp.zeros(7, bool)}, {"a": jnp.arange(9) == 8})
+    touched = 0
+    for seed in range(8):
+        grown = embed_patches(params, "s", masks, units, 1, key=jax.random.key(seed), tile=4, extrema=extrema)
+        check_record(grown, params)
+        new = np.asarray(grown.born["b"]["kernel"]) > 0
+        assert new.any()
+        touched += new[8, :4].any() or new[:, 1].any()
+        for name in ("a", "b", "c"):
+            assert oxs.tiles(4).holds(grown.masks[name]["kernel"])
+        assert count(grown.masks) > count(masks)
+    assert touched == 8  # while tiles that read the saturated unit or write the dead one are left, no other is taken
+    every = embed_patches(params, "s", masks, units, left_tiles(masks), key=KEY, tile=4, init="fan_in")
+    assert all(np.asarray(every.masks[name]["kernel"]).all() for name in ("a", "b", "c"))
+    np.testing.assert_array_equal(every.params["b"]["kernel"] == 0, np.zeros((9, 8)))
+    values, index = oxs.blocks_from_kernel(grown.params["b"]["kernel"], grown.masks["b"]["kernel"], 4)
+    np.testing.assert_allclose(
+        oxs.block_matmul(x[:, :9], values, index, 8), x[:, :9] @ grown.params["b"]["kernel"], atol=1e-5
+    )
+    np.testing.assert_array_equal(forward(grown.params, layers, x), forward(params, layers, x))
+
+
+def left_tiles(masks: Any) -> int:
+    """Tiles of 4 x 4 that are not whole, counted one by one."""
+    kernels = [np.asarray(masks[name]["kernel"]) for name in ("a", "b", "c")]
+    places = [(of, i, j) for of in kernels for i in range(0, of.shape[0], 4) for j in range(0, of.shape[1], 4)]
+    return sum(not of[i : i + 4, j : j + 4].all() for of, i, j in places)
+
+
 def test_whole_blocks_are_dense_through_every_tap_of_a_convolution() -> None:
     params, masks, units, _, _ = network("cnn", 0.05)
     extrema = Extrema({"conv_2": jnp.asarray([True, True, False, False, False])}, {})
@@ -706,6 +742,9 @@ def test_bad_input_is_named() -> None:
         (lambda: embed_patches(params, "s", True, units, 3, key=KEY), "sparse in no kernel"),
         (lambda: embed_patches(*args, 3, key=KEY, size=0), "size=0"),
         (lambda: embed_patches(*args, 3, key=KEY, max_new=-1), "max_new=-1"),
+        (lambda: embed_patches(*args, 3, key=KEY, tile=0), "tile=0"),
+        (lambda: embed_patches(*args, 3, key=KEY, tile=4, max_new=5), "max_new=5 would leave tiles"),
+        (lambda: embed_patches(*args, 300, key=KEY, tile=4), "count=300 tiles of 4: only"),
         (lambda: embed_patches(*args, 3, key=KEY, extrema=extrema), r"extrema.dead\['b'\] has shape \(3,\)"),
         (
             lambda: extrema_scores(params, masks, units, Extrema({"x": jnp.ones(3)}, {}), key=KEY),

@@ -8,6 +8,7 @@ leaves that stay, told apart by the component code in ``Growth.born``.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ from optax_structure.growth.connections import _edited
 from optax_structure.sparsity.draws import random_orders
 from optax_structure.sparsity.topk import top_k_mask_tree
 from optax_structure.structure import Growth, Link, Patch, Units, kernel_links
+
+Places = tuple[np.ndarray, np.ndarray]
+"""Inputs and outputs of blocks on one kernel: two integer arrays with a row a block."""
 
 
 def add_patches(
@@ -161,6 +165,7 @@ def embed_patches(
     *,
     key: Array,
     size: int = 8,
+    tile: int | None = None,
     extrema: Extrema | None = None,
     component: str = "patch",
     init: Literal["zeros", "fan_in"] = "zeros",
@@ -174,6 +179,11 @@ def embed_patches(
     filled up at random with dead sources last. Without extrema kernels are drawn by their size, and units at random.
     Connections that exist keep their weights; how many are new depends on the overlap, unless ``max_new`` bounds it.
 
+    With ``tile=`` every block is a tile of the grid that ``tiles(tile)`` lays over the dense kernels, so that masks
+    made of tiles stay so and the network stays as fast as it is small (``nn.BlockLinear``). Tiles that are not whole
+    yet are drawn in proportion to the saturated units that they read and the dead ones that they write, those without
+    any last.
+
     Args:
       params: the params tree.
       labels: a label for every leaf; unchanged, since the new connections are elements of leaves that stay.
@@ -182,6 +192,7 @@ def embed_patches(
       count: how many blocks, at least 1. Up to 8, or up to the next power of two, share one compiled program.
       key: a JAX random key.
       size: units on each side of a block; at most those that a layer has are taken.
+      tile: units on each side of a tile, instead of ``size``. None: blocks that fit no grid.
       extrema: from ``find_extrema``; layers that ``units`` do not know are passed over.
       component: the component of the new connections in ``born``.
       init: ``"zeros"`` (the network computes what it did), or ``"fan_in"`` for normal weights with variance
@@ -192,8 +203,9 @@ def embed_patches(
       ``Growth`` with the new params and masks; in ``born`` every sparse kernel has a uint8 array.
 
     Raises:
-      ValueError: for a count or size below 1, a negative ``max_new``, trees of another structure or shape, an unknown
-        component or init, or where no kernel between layers is sparse.
+      ValueError: for a count, size or tile below 1, a negative ``max_new``, one beside ``tile``, trees of another
+        structure or shape, an unknown component or init, where no kernel between layers is sparse, or fewer tiles than
+        ``count`` are left.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_structure as oxs
@@ -214,20 +226,19 @@ def embed_patches(
     sparse = {link.path: mask_of[link.path] for link in links}
     code, axes = common.component_code(component), common.fan_in_axes(units, sparse, init)
 
+    if tile is not None and limit is not None:
+        raise ValueError(f"max_new={max_new} would leave tiles that are not whole; leave it out, or tile={tile}.")
+    side = size if tile is None else int(common.checked_count(tile, "tile"))
+
     rng = common.host_rng(key)
     dead, saturated = _flags(extrema, units)
-    weight = np.array([dead[link.target].sum() + saturated[link.source].sum() for link in links], np.float64)
-    if not weight.any():
-        weight = np.array([np.size(sparse[link.path]) for link in links], np.float64)
-    share = rng.multinomial(count, weight / weight.sum())
+    choose = _anywhere if tile is None else _tiles
     room = max(8, 1 << (count - 1).bit_length())
     blocks = []
-    for link, number in zip(links, share.tolist(), strict=True):
-        shape = np.shape(sparse[link.path])
-        reads, writes = _places(rng, link, shape, size, number, dead, saturated)
+    for link, (reads, writes) in zip(links, choose(rng, links, sparse, side, count, dead, saturated), strict=True):
         # Rows beyond the last block point outside the kernel and are dropped, so the arrays' sizes do not change.
-        empty = np.full((room - number, min(size, shape[link.in_axis])), shape[link.in_axis], np.int32)
-        unused = np.zeros((room - number, min(size, shape[link.out_axis])), np.int32)
+        empty = np.full((room - len(reads), reads.shape[1]), np.shape(sparse[link.path])[link.in_axis], np.int32)
+        unused = np.zeros((room - len(reads), writes.shape[1]), np.int32)
         blocks.append((np.concatenate([reads, empty]), np.concatenate([writes, unused])))
     weights = {path: leaves[path] for path in sparse}
     edit = _embed(key, weights, sparse, blocks, limit, code, links=links, fan_in=axes)
@@ -260,12 +271,66 @@ def _places(
     count: int,
     dead: Mapping[str, np.ndarray],
     saturated: Mapping[str, np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and outputs of ``count`` patches on one kernel: int32 arrays with a row a patch."""
+) -> Places:
+    """``count`` blocks on one kernel."""
     asleep, busy = (np.tile(flags[link.source], link.repeats) for flags in (dead, saturated))
     reads = common.draw(rng, busy, asleep, min(size, shape[link.in_axis]), count)
     target = dead[link.target]
     return reads, common.draw(rng, target, np.zeros_like(target), min(size, shape[link.out_axis]), count)
+
+
+def _anywhere(
+    rng: np.random.Generator,
+    links: tuple[Link, ...],
+    masks: Mapping[str, Any],
+    size: int,
+    count: int,
+    dead: Mapping[str, np.ndarray],
+    saturated: Mapping[str, np.ndarray],
+) -> list[Places]:
+    """``count`` blocks on all kernels."""
+    shapes = [np.shape(masks[link.path]) for link in links]
+    weight = np.array([dead[link.target].sum() + saturated[link.source].sum() for link in links], np.float64)
+    if not weight.any():
+        weight = np.array([math.prod(shape) for shape in shapes], np.float64)
+    share = rng.multinomial(count, weight / weight.sum()).tolist()
+    return [
+        _places(rng, link, shape, size, number, dead, saturated)
+        for link, shape, number in zip(links, shapes, share, strict=True)
+    ]
+
+
+def _tiles(
+    rng: np.random.Generator,
+    links: tuple[Link, ...],
+    masks: Mapping[str, Any],
+    tile: int,
+    count: int,
+    dead: Mapping[str, np.ndarray],
+    saturated: Mapping[str, np.ndarray],
+) -> list[Places]:
+    """``count`` tiles on all kernels, of those that are not whole; their units beyond an edge are dropped later."""
+    ranks = []
+    for link in links:
+        mask = np.asarray(masks[link.path])
+        if mask.ndim != 2:  # of a convolution
+            ranks.append(np.full((1, 1), -np.inf))
+            continue
+        mask = mask if link.in_axis == 0 else mask.T
+        rows, columns = (np.arange(0, units, tile) for units in mask.shape)
+        reads = np.add.reduceat(np.tile(saturated[link.source], link.repeats), rows, dtype=np.float64)
+        writes = np.add.reduceat(dead[link.target], columns, dtype=np.float64)
+        whole = np.logical_and.reduceat(np.logical_and.reduceat(mask, rows, axis=0), columns, axis=1)
+        # The highest of log(weight) + Gumbel noise are a draw without replacement in proportion to the weights.
+        rank = np.log(reads[:, None] + writes + 1e-9) + rng.gumbel(size=whole.shape)
+        ranks.append(np.where(whole, -np.inf, rank))
+    left = sum(int(np.isfinite(rank).sum()) for rank in ranks)
+    if left < count:
+        raise ValueError(f"count={count} tiles of {tile}: only {left} tiles of the dense kernels are not whole.")
+    lowest = np.sort(np.concatenate([rank.ravel() for rank in ranks]))[-count]
+    inside = np.arange(tile)
+    chosen = [np.nonzero(rank >= lowest) for rank in ranks]
+    return [(tile * rows[:, None] + inside, tile * columns[:, None] + inside) for rows, columns in chosen]
 
 
 @functools.partial(jax.jit, static_argnames=("links", "fan_in"))
@@ -285,7 +350,7 @@ def _embed(
     for link, (rows, columns) in zip(links, blocks, strict=True):
         shape = masks[link.path].shape
         hit = jnp.zeros((shape[link.in_axis], shape[link.out_axis]), bool)
-        hit = hit.at[rows[:, :, None], columns[:, None, :]].set(True, mode="drop")
+        hit = hit.at[rows[:, :, None], columns[:, None, :]].set(True, mode="drop")  # a tile may pass the edge
         hit = hit if link.in_axis < link.out_axis else hit.T
         others = tuple(axis for axis in range(len(shape)) if axis not in (link.in_axis, link.out_axis))
         new[link.path] = jnp.expand_dims(hit, others) & ~masks[link.path]
