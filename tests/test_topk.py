@@ -190,10 +190,10 @@ def test_a_new_count_compiles_nothing() -> None:
 
     scores = jnp.arange(17.0)
     top_k_mask(scores, 3)
-    before = topk._select._cache_size()
+    before = topk.select._cache_size()
     for k in (4, np.int64(5), jnp.int32(6), 100, 10**12):
         top_k_mask(scores, k)
-    assert topk._select._cache_size() == before
+    assert topk.select._cache_size() == before
 
 
 def test_no_sort_and_few_temporaries() -> None:

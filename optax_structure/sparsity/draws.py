@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_structure.sparsity.topk import top_k_mask_tree
+from optax_structure.sparsity.topk import select
 
 
-def random_order(key: Array, shape: tuple[int, ...]) -> Array:
-    """Random uint32 scores, no two equal.
+def random_order(key: Array, shape: tuple[int, ...], start: int = 0) -> Array:
+    """Random uint32 scores, no two equal; nor any to those of the positions before ``start``.
 
     The position, put through two keyed rounds of MurmurHash3's finaliser, each a bijection: a fifth of the time of
     ``jax.random.bits``, which would take as long as everything else that an event does, and more than good enough to
     draw places from.
     """
-    bits = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    bits = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) + jnp.uint32(start)
     for salt in jax.random.bits(key, (2,)):
         bits = (bits ^ salt ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
         bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -29,9 +29,14 @@ def random_order(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def random_orders(key: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
-    """``random_order`` for every leaf of a set."""
-    paths = enumerate(sorted(masks))
-    return {path: random_order(jax.random.fold_in(key, number), masks[path].shape) for number, path in paths}
+    """``random_order`` for every leaf of a set, no two equal in all."""
+    paths = sorted(masks)
+    return dict(zip(paths, _one_order([masks[path] for path in paths], key), strict=True))
+
+
+def _one_order(leaves: list[Array], key: Array) -> list[Array]:
+    starts = itertools.accumulate((leaf.size for leaf in leaves), initial=0)
+    return [random_order(key, leaf.shape, start) for leaf, start in zip(leaves, starts, strict=False)]
 
 
 def random_scores(key: Array, shape: tuple[int, ...]) -> Array:
@@ -49,18 +54,9 @@ def top_k_at_random(scores: Mapping[str, Array], k: Array, where: Mapping[str, A
 
     Where many are exactly 0, as weights just born or gradients of dead inputs are, the lowest index would win.
     """
-    chosen = dict(top_k_mask_tree(dict(scores), k, dict(where)))
-    edge = functools.reduce(
-        jnp.minimum, [jnp.min(of, where=chosen[path], initial=jnp.inf) for path, of in scores.items()]
-    )
-    tied = {path: where[path] & (of == edge) for path, of in scores.items()}
-    places = number({path: of & chosen[path] for path, of in tied.items()})
-
-    def draw() -> dict[str, Array]:
-        drawn = top_k_mask_tree(random_orders(key, tied), places, tied)
-        return {path: (chosen[path] & ~tied[path]) | drawn[path] for path in chosen}
-
-    return jax.lax.cond(number(tied) > places, draw, lambda: chosen)
+    paths = sorted(scores)
+    chosen = select([scores[path] for path in paths], [where[path] for path in paths], k, key, order=_one_order)
+    return dict(zip(paths, chosen, strict=True))
 
 
 def number(masks: Mapping[str, Array]) -> Array:

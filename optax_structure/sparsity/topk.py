@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -146,8 +147,19 @@ def _kth_key(keys: list[Array], k: Array, candidates: Array) -> tuple[Array, Arr
     return bracket.low, bracket.reached
 
 
-@jax.jit
-def _select(scores: list[Array], where: list[Array], k: Array) -> list[Array]:
+def _by_position(scores: list[Array]) -> list[Array]:
+    """An order in which the first position of the first array is the highest."""
+    ends = np.cumsum([s.size for s in scores])
+    total = int(ends[-1])
+    starts = (np.uint32(total - 1 - end + s.size) for s, end in zip(scores, ends, strict=True))
+    return [start - lax.iota(jnp.uint32, s.size).reshape(s.shape) for s, start in zip(scores, starts, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def select(
+    scores: list[Array], where: list[Array], k: Array, *rest: Any, order: Callable[..., list[Array]] = _by_position
+) -> list[Array]:
+    """Masks of the ``k`` highest; of equal ones those highest in ``order(scores, *rest)``, uint32, no two equal."""
     where = [jnp.broadcast_to(w, s.shape) for w, s in zip(where, scores, strict=True)]
     # A position that is no candidate gets key 0. So may a candidate (NaN); the test of ``where`` below parts them.
     keys = [jnp.where(w, _order_keys(s), jnp.uint32(0)) for w, s in zip(where, scores, strict=True)]
@@ -155,19 +167,19 @@ def _select(scores: list[Array], where: list[Array], k: Array) -> list[Array]:
     k = jnp.clip(k, 0, candidates)
     lowest, reached = _kth_key(keys, k, candidates)
 
-    # Equal scores at the threshold: the lowest positions win. No pass is made when the threshold parts them already.
-    starts = np.cumsum([0, *(s.size for s in scores)])
-    total = int(starts[-1])
+    def all_that_reach() -> list[Array]:
+        return [w & (key >= lowest) for w, key in zip(where, keys, strict=True)]
 
-    def taken(position: Array) -> list[Array]:
-        masks = []
-        for w, key, start in zip(where, keys, starts, strict=False):
-            from_end = np.uint32(total - 1 - start) - lax.iota(jnp.uint32, key.size).reshape(key.shape)
-            masks.append(w & ((key > lowest) | ((key == lowest) & (from_end >= position))))
-        return masks
+    def parted() -> list[Array]:
+        tied = [w & (key == lowest) for w, key in zip(where, keys, strict=True)]
+        number = _total(tied)
+        ranks = [jnp.where(of, rank, jnp.uint32(0)) for of, rank in zip(tied, order(scores, *rest), strict=True)]
+        last, _ = _kth_key(ranks, k - (reached - number), number)
+        each = zip(all_that_reach(), tied, ranks, strict=True)
+        return [mask & (~of | (rank >= last)) for mask, of, rank in each]
 
-    position, _ = _threshold(lambda p: _total(taken(p)), max(total - 1, 0).bit_length(), k, reached)
-    return [mask & (k > 0) for mask in taken(position)]
+    masks = lax.cond(reached == k, all_that_reach, parted)
+    return [mask & (k > 0) for mask in masks]
 
 
 def _checked_count(k: Any, least: int = 0) -> Array:
@@ -248,7 +260,7 @@ def top_k_mask_tree(scores: PyTree, k: int | Array, where: PyTree | None = None)
     if sum(array.size for array in arrays) >= 2**31:
         raise ValueError("scores hold 2**31 entries or more; select within parts of the tree.")
     candidates = jax.tree.leaves(align(True if where is None else where, scores, "where"))
-    return jax.tree.unflatten(treedef, _select(arrays, [jnp.asarray(w, bool) for w in candidates], count))
+    return jax.tree.unflatten(treedef, select(arrays, [jnp.asarray(w, bool) for w in candidates], count))
 
 
 def kth_largest(values: Array, k: int | Array) -> Array:
