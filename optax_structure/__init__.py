@@ -15,6 +15,7 @@ from optax_structure.extrema import extrema_over as extrema_over
 from optax_structure.extrema import find_extrema as find_extrema
 from optax_structure.extrema import init_activation_stats as init_activation_stats
 from optax_structure.extrema import update_activation_stats as update_activation_stats
+from optax_structure.growth import ablate_units as ablate_units
 from optax_structure.growth import add_connections as add_connections
 from optax_structure.growth import add_patches as add_patches
 from optax_structure.growth import apply_patches as apply_patches

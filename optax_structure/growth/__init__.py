@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from optax_structure.growth.ablation import ablate_units
 from optax_structure.growth.connections import add_connections, extrema_scores, prune_connections
 from optax_structure.growth.insertion import insert_layer
 from optax_structure.growth.patches import add_patches, apply_patches, embed_patches
 from optax_structure.growth.widening import widen
 
 __all__ = [
+    "ablate_units",
     "add_connections",
     "add_patches",
     "apply_patches",

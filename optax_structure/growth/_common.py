@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_structure._tree import Params, PyTree, align, is_leaf, leaves_by_path, map_with_path
-from optax_structure.structure import COMPONENTS, NOT_BORN, Growth, UnitGroup, Units, identity_sources
+from optax_structure.structure import COMPONENTS, NOT_BORN, Growth, UnitAxis, UnitGroup, Units, identity_sources
 
 NEW = np.uint8(COMPONENTS.index("new"))
 
@@ -41,6 +41,15 @@ def checked(params: Params, labels: PyTree, masks: PyTree) -> tuple[dict[str, An
                 "pass a bool array of that shape, or True for a leaf that is not sparse."
             )
     return leaves, label_of, mask_of
+
+
+def check_axis(group: UnitGroup, axis: UnitAxis, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless a leaf of that shape holds the units of the group along the axis."""
+    if shape[axis.axis : axis.axis + 1] != (axis.repeats * group.size,):
+        raise ValueError(
+            f"units do not fit params: {axis.path!r} has shape {shape}, but its axis {axis.axis} should hold "
+            f"{axis.repeats} x {group.size} units of {group.layer!r}. Use the units that the last change returned."
+        )
 
 
 def sparse_only(masks: Mapping[str, Any]) -> dict[str, Any]:

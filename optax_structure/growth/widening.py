@@ -84,11 +84,7 @@ def widen(
     for axis in group.axes:
         path = axis.path
         leaf, mask = new.get(path, np.asarray(leaves[path])), np.asarray(new_masks.get(path, mask_of[path]))
-        if leaf.shape[axis.axis] != group.size * axis.repeats:
-            raise ValueError(
-                f"units do not fit params: {path!r} has shape {leaf.shape}, but its axis {axis.axis} should hold "
-                f"{axis.repeats} x {group.size} units of {layer!r}. Use the units that the last change returned."
-            )
+        common.check_axis(group, axis, leaf.shape)
         shape = (*leaf.shape[: axis.axis], axis.repeats * count, *leaf.shape[axis.axis + 1 :])
         living = np.ones(shape, bool)
         if mask.ndim:
