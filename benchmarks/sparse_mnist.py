@@ -10,7 +10,8 @@ random regrowth, with the gradient of one batch, without any rewiring. All train
 constant rate of 1e-3. Kernels are drawn dense and masked: He-normal, which on the validation split gains static masks
 and SET 0.15 points, does nothing for RigL and costs the recipes 0.15, so that those have Flax's own, LeCun-normal.
 
-``--ladder`` goes down to 0.1 % instead (669 weights for 1,034 units: no unit is promised an input).
+``--ladder`` goes down to 0.1 % instead (669 weights for 1,034 units: no unit is promised an input). ``--picture FILE``
+draws all that ``--out`` holds by then.
 """
 
 from __future__ import annotations
@@ -157,6 +158,40 @@ def train(arm: Arm, density: float, seed: int, x: Any, y: Any, ladder: bool) -> 
     return params, oxs.get_masks(state)
 
 
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """Test error against connections, a line an arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = {
+        "static": ("static masks", "#a9b4bd"),
+        "set": ("SET", "#3d9a50"),
+        "rigl": ("RigL", "#e8710a"),
+        "rigl, accumulated": ("RigL, mean of 100 gradients", "#c8312b"),
+        "recipe": ("the recipe", "#2f6db3"),
+        "pruned": ("pruned from dense", "#22303c"),
+    }
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for arm, (name, colour) in shown.items():
+        points: dict[int, list[float]] = {}
+        for key, of in figures.items():
+            if key.split("/")[0] == arm:
+                points.setdefault(of["connections"], []).append(100 - of["accuracy"])
+        places = sorted(points)
+        means, spread = (np.array([take(points[at]) for at in places]) for take in (np.mean, np.std))
+        axes.errorbar(places, means, spread, label=name, color=colour, marker="o", ms=4, lw=1.6, capsize=2)
+    axes.set(xscale="log", yscale="log", xlabel="connections", ylabel="test error, %")
+    axes.set_title("784-512-512-10 on MNIST, five epochs, mean and deviation of five seeds", loc="left", fontsize=10)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_yticks([2, 3, 5, 10, 20, 50, 90])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Train, print the table, write the figures."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,6 +202,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=5)
     options.add_argument("--tune", action="store_true", help="50,000 images, other seeds, validation accuracy")
     options.add_argument("--out", type=Path, help="JSON file for all figures; what it holds already is not run again")
+    options.add_argument("--picture", type=Path, help="PNG file for test error against connections")
     args = options.parse_args()
     data = load_data("mnist", data_dir=args.data_dir, validation=1 / 6)
     x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
@@ -196,6 +232,8 @@ def main() -> None:
             deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
             cells.append(f"{np.mean(values):.2f} ± {deviation:.2f} ({found[0]['connections']:,})")
         print(f"| {arm} | {' | '.join(cells)} |")
+    if args.picture:
+        draw(figures, args.picture)
 
 
 if __name__ == "__main__":
