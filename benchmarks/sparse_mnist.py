@@ -216,6 +216,7 @@ def main() -> None:
     for arm, share, seed in track(runs, "training"):
         name = f"{arm}/{share:g}/{seed + 1000 * args.tune}"
         if name not in figures:
+            jax.clear_caches()  # a hundred training programs have more memory maps than Linux gives a process
             params, masks = train(ARMS[arm], share, seed + 1000 * args.tune, x, y, args.ladder)
             figures[name] = {"accuracy": float(accuracy(params, *held)), "connections": oxs.nonzero(masks)}
             if args.out:
