@@ -87,6 +87,21 @@ def expected(rule: str, weight: np.ndarray, grad: np.ndarray, mask: np.ndarray, 
     return after.reshape(mask.shape)
 
 
+@functools.cache
+def rewired_once(name: str) -> Callable[..., tuple[PyTree, PyTree]]:
+    """``mask, weight, grad, fraction -> masks and params`` after an update of SGD at rate 0.1 that rewires."""
+    made = {"rigl": oxs.rigl_rewiring, "set": oxs.set_rewiring}[name]
+
+    @jax.jit
+    def once(mask: jax.Array, weight: jax.Array, grad: jax.Array, fraction: jax.Array) -> tuple[PyTree, PyTree]:
+        tx = oxs.sparse(optax.sgd(0.1), {"k": mask}, rewire=made(fraction=lambda count: fraction, every=1))
+        params = {"k": weight}
+        updates, state = tx.update({"k": grad}, tx.init(params), params)
+        return oxs.get_masks(state)["k"], optax.apply_updates(params, updates)["k"]
+
+    return once
+
+
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 1000), fraction=st.floats(0.05, 1.0))
@@ -100,19 +115,16 @@ def test_rigl_and_set_choose_as_sorting_does(seed: int, fraction: float) -> None
     number = min(
         int(np.floor(np.float32(fraction) * np.float32(living) + (5**0.5 - 1) / 2)), mask.size - living, living
     )
-    for name, made in (("rigl", oxs.rigl_rewiring), ("set", oxs.set_rewiring)):
-        tx = oxs.sparse(optax.sgd(0.1), {"k": jnp.asarray(mask)}, rewire=made(fraction=fraction, every=1))
-        params = {"k": jnp.asarray(weight)}
-        updates, state = tx.update({"k": jnp.asarray(grad, jnp.float32)}, tx.init(params), params)
-        after, wanted = np.asarray(oxs.get_masks(state)["k"]), expected(name, weight, grad, mask, number)
+    for name in ("rigl", "set"):
+        after, moved = map(np.asarray, rewired_once(name)(mask, weight, grad.astype(np.float32), np.float32(fraction)))
+        wanted = expected(name, weight, grad, mask, number)
         assert after.sum() == living
         np.testing.assert_array_equal(after & mask, wanted & mask)
         if name == "rigl":
             np.testing.assert_array_equal(after, wanted)
-        moved = optax.apply_updates(params, updates)["k"]
         # What went is exactly 0, what came has moved by its own gradient, from 0.
-        np.testing.assert_array_equal(np.asarray(moved)[~after], 0.0)
-        np.testing.assert_allclose(np.asarray(moved)[after & ~mask], -0.1 * grad[after & ~mask], rtol=1e-5)
+        np.testing.assert_array_equal(moved[~after], 0.0)
+        np.testing.assert_allclose(moved[after & ~mask], -0.1 * grad[after & ~mask], rtol=1e-5)
 
 
 def test_the_share_falls_along_a_cosine_to_the_stop_and_nothing_changes_after_it() -> None:
@@ -575,3 +587,15 @@ def test_a_score_of_another_shape_is_named() -> None:
     tx = oxs.sparse(optax.sgd(0.1), masks, rewire=oxs.rewiring(lambda leaf: leaf.weight.sum(0), every=1))
     with pytest.raises(ValueError, match=r"has shape \(4,\) for 'head/kernel', whose shape is \(12, 4\)"):
         tx.update(params, tx.init(params), params)
+
+
+def test_the_share_may_be_traced() -> None:
+    params, masks = net()
+
+    @jax.jit
+    def changed(fraction: Any) -> Any:
+        tx = oxs.sparse(optax.sgd(0.1), masks, rewire=oxs.set_rewiring(fraction=fraction, every=1))
+        _, state = tx.update(params, tx.init(params), params)
+        return oxs.get_masks(state)["hidden"]["kernel"] != masks["hidden"]["kernel"]
+
+    assert not changed(0.0).any() and changed(0.5).any()

@@ -72,7 +72,8 @@ class Rewiring(NamedTuple):
         """For ``describe``."""
         names = {part: getattr(score, "__name__", score) for part, score in (("drop", self.drop), ("grow", self.grow))}
         times = {"every": self.every, "start": self.start, "stop": self.stop}
-        return names | ({"fraction": self.fraction} if self.fraction else {"budget": self.budget}) | times
+        replaces = is_traced(self.fraction) or self.fraction
+        return names | ({"fraction": self.fraction} if replaces else {"budget": self.budget}) | times
 
     def key(self) -> Array:
         """Of all that is drawn."""
@@ -161,7 +162,7 @@ def rewiring(
         raise ValueError("drop=None, grow=None changes nothing: leave rewire= out.")
     if not callable(fraction):
         check_number("fraction", fraction, high=1.0)
-    if fraction and not (drop and grow):
+    if not (drop and grow) and not is_traced(fraction) and fraction:
         raise ValueError(f"fraction={fraction!r} is replaced, so it needs drop= and grow=; pass fraction=0.0.")
     _check_times(every, start, stop)
     if not (jnp.ndim(seed) or isinstance(seed, int | np.integer | jax.Array)) or isinstance(seed, bool):
