@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,23 @@ import optax_structure as oxs
 from optax_structure._tree import PyTree, leaves_by_path, map_with_path
 
 Arguments = Callable[[PyTree], dict[str, Any]]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process that a test starts: this package, and the compilation cache of this process.
+
+    What the suite or an earlier child has compiled is read from there, however short its compilation was.
+    """
+    found = {
+        "PYTHONPATH": str(ROOT),
+        "MPLBACKEND": "agg",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    if folder := jax.config.jax_compilation_cache_dir:
+        found["JAX_COMPILATION_CACHE_DIR"] = folder
+    return os.environ | found
 
 
 def nothing(params: PyTree) -> dict[str, Any]:

@@ -10,18 +10,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import child_environment
 
 from optax_structure.structure import Patch, UnitAxis, UnitGroup, Units
 from optax_structure.training import checkpoint
 from optax_structure.training.checkpoint import CheckpointError, fill, load, save
 
-ROOT = Path(__file__).resolve().parents[1]
 TREE = {
     "w": jnp.arange(6, dtype=jnp.float32).reshape(2, 3) / 7,
     "deep": {"half": jnp.ones((2,), jnp.bfloat16) / 3, "count": jnp.int32(5), "none": jnp.zeros((0, 4))},
@@ -148,55 +149,79 @@ def test_units_round_trip() -> None:
 
 # --- Real processes -------------------------------------------------------------------------------------------------
 
-CHILD = """
-import os, signal, sys
+# It imports everything once and forks for every run, before JAX has started: each run is a process of its own.
+PARENT = """
+import os, signal, sys, warnings
 import numpy as np
 from pathlib import Path
 from optax_structure.training import Config, checkpoint, load_data, run_growth
 
-folder, out, kill_step, kill_writing = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 config = Config(
     widths=(24, 16), density=0.1, final_density=0.25, actions=("connections", "widen", "patches", "insert"), events=4,
     epochs=40, rewire_every=40, warmup=20, seed=3, placement="gradient",
 )
+data = load_data("digits")
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-writes, real = [], checkpoint._write
 
-def write(path, content):
-    writes.append(path)
-    if len(writes) == kill_writing:
-        path.write_bytes(content[: len(content) // 2])
-        die()
-    real(path, content)
+def run(folder, out, kill_step, kill_writing):
+    writes, real = [], checkpoint._write
 
-checkpoint._write = write
+    def write(path, content):
+        writes.append(path)
+        if len(writes) == kill_writing:
+            path.write_bytes(content[: len(content) // 2])
+            die()
+        real(path, content)
 
-def watch(progress, run):
-    if progress.step == kill_step:
-        die()
+    def watch(progress, run):
+        if progress.step == kill_step:
+            die()
 
-result = run_growth(config, load_data("digits"), folder=folder, resuming=True, checkpoint_every=50, watch=watch)
-events = [[event["action"], event["step"], event["nonzero_after"]] for event in result.events]
-np.savez(out, loss=result.run.history.loss, nonzero=result.run.history.nonzero, events=np.array(events, str),
-         final=np.array([result.final["test_accuracy"], result.final["nonzero"], result.final["retraces"]]))
+    checkpoint._write = write
+    result = run_growth(config, data, folder=folder, resuming=True, checkpoint_every=50, watch=watch)
+    events = [[event["action"], event["step"], event["nonzero_after"]] for event in result.events]
+    final = [result.final[name] for name in ("test_accuracy", "nonzero", "retraces")]
+    np.savez(out, loss=result.run.history.loss, nonzero=result.run.history.nonzero, events=np.array(events, str),
+             final=np.array(final))
+
+for line in sys.stdin:
+    folder, out, kill_step, kill_writing = line.rstrip().split("|")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from Python 3.12 on it warns of threads: none of them runs yet
+        child = os.fork()
+    if not child:
+        signal.alarm(300)
+        run(Path(folder), out, int(kill_step), int(kill_writing))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def child(folder: Path, out: Path, kill_step: int = 0, kill_writing: int = 0) -> int:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CHILD, str(folder), str(out), str(kill_step), str(kill_writing)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla")},
-        capture_output=True,
+@pytest.fixture
+def child() -> Iterator[Callable[..., int]]:
+    """``(folder, out, kill_step, kill_writing) -> exit status`` of a run in a process of its own."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", PARENT],
+        env=child_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+    ) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
+        stdin, stdout = parent.stdin, parent.stdout
+
+        def run(folder: Path, out: Path, kill_step: int = 0, kill_writing: int = 0) -> int:
+            print(folder, out, kill_step, kill_writing, sep="|", file=stdin, flush=True)
+            status = int(stdout.readline())
+            assert status in (0, -signal.SIGKILL), "see the captured output"
+            return status
+
+        yield run
+        stdin.close()
 
 
 @pytest.mark.slow
-def test_killed_many_times_the_run_is_bit_identical(tmp_path: Path) -> None:
+def test_killed_many_times_the_run_is_bit_identical(tmp_path: Path, child: Callable[..., int]) -> None:
     pytest.importorskip("sklearn")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     out = tmp_path / "killed.npz"

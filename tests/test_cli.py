@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from common import child_environment
 
 from optax_structure.cli import build_parser, main
 from optax_structure.training.config import Config
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--widths", "12,8", "--density", "0.2", "--final-density", "0.4", "--events", "2", "--batch-size", "32"]
 
 
@@ -186,7 +185,7 @@ def test_every_promised_option_exists() -> None:
 def test_ctrl_c_leaves_a_resumable_run_and_controls_fill_the_table(toy_npz: Path, tmp_path: Path) -> None:
     pytest.importorskip("rich")
     command = [sys.executable, "-u", "-m", "optax_structure", "grow"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
+    env = child_environment()
     out = ["--out", str(tmp_path / "out")]
     options = ["--data-dir", str(toy_npz), "--epochs", "300", *TINY]
     process = subprocess.Popen(

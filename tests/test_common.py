@@ -11,6 +11,7 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,13 +42,14 @@ from rows import BY_NAME, ROWS
 import optax_structure as oxs
 
 
-def rows(having: Callable[[Row], Any]) -> pytest.MarkDecorator:
+def rows(having: Callable[[Row], Any], scope: Any = "function") -> pytest.MarkDecorator:
     chosen = [row for row in ROWS if having(row)]
     marked = [pytest.param(row, marks=pytest.mark.slow) if row.slow else row for row in chosen]
-    return pytest.mark.parametrize("row", marked, ids=lambda row: row.name)
+    return pytest.mark.parametrize("row", marked, ids=lambda row: row.name, scope=scope)
 
 
-every_row = rows(lambda row: True)
+# Of this scope, pytest takes the tests of one row together: what they compile once, one process compiles.
+every_row = rows(lambda row: True, scope="module")
 
 # Where only the result counts, a program is compiled quickly rather than well.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -387,27 +389,17 @@ def test_mesh_agrees_with_one_device(row: Row) -> None:
         assert_close(updates, take(wrapped_runs(row.name)["alone"].updates, index))
 
 
-@pytest.fixture(scope="module")
-def restored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], dict[str, Any]]:
-    """The states of all quick (all slow) rows, written by Orbax and read back, in one checkpoint: it takes long."""
-    ocp = pytest.importorskip("orbax.checkpoint")
-
-    @functools.cache
-    def states(slow: bool) -> dict[str, Any]:
-        written = {row.name: base_run(row.name).state for row in ROWS if row.slow == slow}
-        folder = tmp_path_factory.mktemp("checkpoint") / "states"
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder, written)
-            checkpointer.wait_until_finished()
-            return checkpointer.restore(folder, jax.tree.map(jnp.zeros_like, written))
-
-    return states
-
-
 @pytest.mark.slow
-@every_row
-def test_checkpoint_round_trip(row: Row, restored: Callable[[bool], dict[str, Any]]) -> None:
-    assert_equal(restored(row.slow)[row.name], base_run(row.name).state)
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+    """The states of all rows, written by Orbax and read back, in one checkpoint: it takes long."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    written = {row.name: base_run(row.name).state for row in ROWS}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "states", written)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "states", jax.tree.map(jnp.zeros_like, written))
+    for name, state in written.items():
+        assert_equal(restored[name], state)
 
 
 @every_row

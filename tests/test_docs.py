@@ -38,10 +38,8 @@ def load(name: str) -> ModuleType:
         pytest.skip(f"{name} needs {error.name}")
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_order(page: str) -> None:
     if page.startswith("examples/"):
         pytest.importorskip("flax")
@@ -62,7 +60,23 @@ def test_readme_starts_with_the_two_commands() -> None:
     assert "pytest" in test
 
 
-@pytest.mark.parametrize("name", MODULES)
+# Those whose examples train or compile the most.
+SLOW = {
+    f"optax_structure.{name}"
+    for name in (
+        "nn.fast", "presets.levels", "sparsity.patterns", "training.controls", "training.network", "training.prune",
+        "transforms.rewiring.rules",
+    )
+}  # fmt: skip
+
+
+def test_the_slow_examples_are_of_modules_that_exist() -> None:
+    assert set(MODULES) >= SLOW
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODULES]
+)
 def test_docstring_examples(name: str) -> None:
     result = doctest.testmod(load(name), optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False)
     assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed; see the captured output"

@@ -321,7 +321,12 @@ def gradients_within_two_steps(params: Any, masks: Any, layers: list[str], x: ja
 
 @pytest.mark.parametrize(
     ("kind", "layer", "density"),
-    [("mlp", "a", None), ("mlp", "a", 0.2), ("cnn", "conv_1", 0.3), ("cnn", "conv_2", 0.1)],
+    [
+        ("mlp", "a", 0.2),
+        ("cnn", "conv_1", 0.3),
+        pytest.param("mlp", "a", None, marks=pytest.mark.slow),
+        pytest.param("cnn", "conv_2", 0.1, marks=pytest.mark.slow),
+    ],
 )
 def test_every_new_unit_has_a_gradient_within_two_steps(kind: str, layer: str, density: float | None) -> None:
     params, masks, units, layers, x = network(kind, density, seed=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ CONFIG = Config(
     widths=(20, 12), density=0.15, final_density=0.35, events=4, actions=ALL, epochs=8, batch_size=20,
     rewire_every=20, warmup=16, placement="gradient", learning_rate=5e-3,
 )  # fmt: skip
+REWIRING = CONFIG.replace(rewire_until=0.8)
 KERNELS = 16 * 20 + 20 * 12 + 12 * 4
 
 
@@ -74,11 +75,15 @@ def test_the_step_retraces_for_shapes_alone(grown: tuple[Result, list[Progress]]
     assert [group.size for group in result.units.groups] == [16, *result_sizes(result), 4]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rewire", ["rigl", "none"])
-def test_rewiring_inside_the_step_keeps_every_count(data: Data, rewire: Any) -> None:
-    """Between growth events, in the last steps of dispatches, masks change and no kernel's number does."""
-    config = CONFIG.replace(rewire=rewire, rewire_until=0.8)
+class Rewired(NamedTuple):
+    """A run that rewires or not: the masks after the dispatches without an event, and the steps of the events."""
+
+    result: Result
+    seen: dict[int, dict[str, np.ndarray]]
+    events: list[int]
+
+
+def rewired(data: Data, rewire: Any) -> Rewired:
     seen: dict[int, dict[str, np.ndarray]] = {}
     events: list[int] = []
 
@@ -89,7 +94,19 @@ def test_rewiring_inside_the_step_keeps_every_count(data: Data, rewire: Any) -> 
             masks = leaves_by_path(run.masks)
             seen[progress.step] = {path: np.array(mask) for path, mask in masks.items() if np.ndim(mask)}
 
-    result = run_growth(config, data, watch=watch)
+    return Rewired(run_growth(REWIRING.replace(rewire=rewire), data, watch=watch), seen, events)
+
+
+@pytest.fixture(scope="module")
+def with_rigl(data: Data) -> Rewired:
+    return rewired(data, "rigl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rewire", ["rigl", "none"])
+def test_rewiring_inside_the_step_keeps_every_count(data: Data, rewire: Any, request: pytest.FixtureRequest) -> None:
+    """Between growth events, in the last steps of dispatches, masks change and no kernel's number does."""
+    result, seen, events = request.getfixturevalue("with_rigl") if rewire == "rigl" else rewired(data, rewire)
     assert result.final["nonzero"] == nonzero(result.masks) == round(0.35 * KERNELS)
     assert result.final["retraces"] == 2  # widen and insert, as without rewiring
     moved = []
@@ -107,8 +124,10 @@ def test_rewiring_inside_the_step_keeps_every_count(data: Data, rewire: Any) -> 
 
 
 @pytest.mark.slow
-def test_a_run_that_rewires_inside_the_step_goes_on_with_the_same_numbers(data: Data, tmp_path: Path) -> None:
-    config = CONFIG.replace(rewire="rigl")
+def test_a_run_that_rewires_inside_the_step_goes_on_with_the_same_numbers(
+    data: Data, with_rigl: Rewired, tmp_path: Path
+) -> None:
+    config = REWIRING.replace(rewire="rigl")
     asked: list[bool] = []
 
     def watch(progress: Progress, run: Run) -> None:
@@ -117,11 +136,11 @@ def test_a_run_that_rewires_inside_the_step_goes_on_with_the_same_numbers(data: 
 
     with pytest.raises(Interrupted, match="stopped after step"):
         run_growth(config, data, folder=tmp_path, watch=watch, stop=lambda: bool(asked))
-    resumed, whole = run_growth(config, data, folder=tmp_path, resuming=True), run_growth(config, data)
+    resumed, whole = run_growth(config, data, folder=tmp_path, resuming=True), with_rigl.result
     assert resumed.run.history.loss.tobytes() == whole.run.history.loss.tobytes()
     assert {**resumed.final, "wall_s": 0} == {**whole.final, "wall_s": 0}
     with pytest.raises(CheckpointError, match=r"rewire='rigl' \(now None\)"):
-        run_growth(CONFIG, data, folder=tmp_path, resuming=True)
+        run_growth(REWIRING, data, folder=tmp_path, resuming=True)
 
 
 def test_where_nothing_is_rewired_inside_the_step() -> None:

@@ -19,6 +19,11 @@ from optax_structure import nn
 
 KINDS = ("nnx_linear", "nnx_conv", "linen_dense", "linen_conv")
 OPTIMIZERS = {"adam": optax.adam, "adamw": lambda rate: optax.adamw(rate, weight_decay=0.1)}
+# Decay moves what has no gradient too: the other optimizer is for the slow tests.
+every_pair = pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [(kind, "adamw") for kind in KINDS] + [pytest.param(kind, "adam", marks=pytest.mark.slow) for kind in KINDS],
+)
 
 
 def inputs(*shape: int) -> np.ndarray:
@@ -100,8 +105,7 @@ def train(built: Built, tx: Any, params: Any, look: Callable[..., Any], steps: i
     return jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))((params, tx.init(params)))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_pair
 def test_forward_masked_layer_is_sparse_under_a_bare_optimizer(kind: str, optimizer: str) -> None:
     built = build(kind, "forward")
 
@@ -137,8 +141,7 @@ def test_forward_masked_gradient_is_exact_beside_nan(kind: str) -> None:
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(clean))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_pair
 def test_update_masked_layer_is_sparse_under_sparse(kind: str, optimizer: str) -> None:
     built = build(kind, "update")
 

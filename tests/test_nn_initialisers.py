@@ -137,7 +137,9 @@ def test_lsuv_inside_jit_and_vmap() -> None:
             np.testing.assert_allclose(got[i], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["nnx", "linen", "chain"])
+@pytest.mark.parametrize(
+    "kind", ["nnx", pytest.param("linen", marks=pytest.mark.slow), pytest.param("chain", marks=pytest.mark.slow)]
+)
 def test_lsuv_on_flax_models(kind: str) -> None:
     # Inputs of the wrong scale, so that the fan-in alone does not do it; a convolution first.
     x = 0.1 * inputs(64, 8, 8, 3)

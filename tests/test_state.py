@@ -8,7 +8,7 @@ library.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -208,10 +208,25 @@ CANNOT: dict[str, tuple[Callable[[], Any], str]] = {
     "flatten": (lambda: optax.flatten(optax.adam(1e-3)), "ScaleByAdamState"),
 }
 
-all_cases = pytest.mark.parametrize("name", CASES)
-shared_cases = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.shared])
-leaf_cases = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.per_leaf])
-optimizers = pytest.mark.parametrize("name", TRANSFORMS)
+# Their states are of the kinds of others: the same fields, under another rule or another name.
+SLOW = {
+    "adamw", "adam_schedule", "adamax", "adamaxw", "nadam", "adan", "yogi", "radam", "lamb", "lars", "nesterov",
+    "sign_sgd", "rmsprop", "rmsprop_corrected", "adagrad", "adafactor", "rprop", "fromage", "optimistic", "add_noise",
+    "simplified_ademamix", "adopt", "acprop", "dadapt_adamw", "dowg", "momo", "momo_adam", "clip_adam",
+    "inject_schedule", "conditionally_transform", "sparse_in_partition",
+}  # fmt: skip
+
+
+def named(names: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+    )
+
+
+all_cases = named(CASES)
+shared_cases = named(name for name, case in CASES.items() if case.shared)
+leaf_cases = named(name for name, case in CASES.items() if case.per_leaf)
+optimizers = named(TRANSFORMS)
 
 
 def bits(leaf: Any) -> np.ndarray:
@@ -525,7 +540,7 @@ def two_groups(make: Callable[[], Any], a: str, b: str) -> Any:
 CLOCKS = ("sgd_schedule", "noisy_sgd", "add_noise")  # no array of theirs follows the parameters
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name not in CLOCKS])
+@named(name for name in TRANSFORMS if name not in CLOCKS)
 def test_a_whole_group_goes_to_another_and_back(name: str) -> None:
     x, y = (two_groups(CASES[name].make, label, label) for label in "xy")
     state = aged(x.init(PARAMS))
@@ -563,7 +578,7 @@ def test_leaves_swap_groups_and_back(name: str) -> None:
     assert_same(oxs.transfer_state(other, there, PARAMS, one, PARAMS), state)
 
 
-@pytest.mark.parametrize("name", [name for name, case in TRANSFORMS.items() if case.per_leaf])
+@named(name for name, case in TRANSFORMS.items() if case.per_leaf)
 def test_leaves_of_any_age_swap_groups_under_per_leaf(name: str) -> None:
     def make() -> Any:
         return oxs.per_leaf(CASES[name].make())
@@ -574,7 +589,7 @@ def test_leaves_of_any_age_swap_groups_under_per_leaf(name: str) -> None:
     assert_same(oxs.transfer_state(other, there, PARAMS, one, PARAMS), state)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.wrappable])
+@named(name for name, case in CASES.items() if case.wrappable)
 def test_wrapping_and_unwrapping_keeps_every_bit(name: str) -> None:
     tx = CASES[name].make()
     state = aged(tx.init(PARAMS))
@@ -617,7 +632,7 @@ def test_freezing_and_thawing(name: str) -> None:
         np.testing.assert_array_equal(value, fresh[key] if of_part(key, "b") else before[key], err_msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name, case in TRANSFORMS.items() if case.per_leaf])
+@named(name for name, case in TRANSFORMS.items() if case.per_leaf)
 def test_under_per_leaf_thawing_never_raises(name: str) -> None:
     def make() -> Any:
         return oxs.per_leaf(CASES[name].make())

@@ -124,7 +124,9 @@ def test_a_connection_under_ten_times_the_gradient_starts_no_larger_than_in_a_fr
         assert np.abs(updates["kernel"])[born].max() <= 1.05e-3  # a fresh Adam's are 1e-3 under a constant gradient
 
 
-@pytest.mark.parametrize("action", ["add", "embed", "widen", "insert", "patches"])
+@pytest.mark.parametrize(
+    "action", ["embed", "widen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("add", "insert", "patches"))]
+)
 def test_masks_of_the_growth_win_after_rewiring_too(action: str) -> None:
     def make(labels: Any, masks: Any) -> Any:
         scales = {"scaffold": 0.1, "new": 1.0, "patch": 0.5}
@@ -499,7 +501,9 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
-@pytest.mark.parametrize("action", ["add", "widen", pytest.param("insert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "action", ["add", *(pytest.param(name, marks=pytest.mark.slow) for name in ("widen", "insert"))]
+)
 def test_state_is_placed_as_its_parameters(action: str) -> None:
     assert jax.device_count() >= 2
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
