@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 
+from optax_structure.sparsity import topk
+from optax_structure.sparsity.draws import random_scores, top_k_at_random
 from optax_structure.sparsity.topk import kth_largest, top_k_mask, top_k_mask_tree
 
 EDGES = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 3.4e38, -3.4e38]
@@ -186,8 +189,6 @@ def test_traced_count_in_jit_scan_and_vmap_without_retracing() -> None:
 
 
 def test_a_new_count_compiles_nothing() -> None:
-    from optax_structure.sparsity import topk
-
     scores = jnp.arange(17.0)
     top_k_mask(scores, 3)
     before = topk.select._cache_size()
@@ -197,8 +198,6 @@ def test_a_new_count_compiles_nothing() -> None:
 
 
 def test_no_sort_and_few_temporaries() -> None:
-    from optax_structure.sparsity import topk
-
     scores = jnp.zeros((256, 256))
     lowered = jax.jit(lambda s, k: topk.top_k_mask(s, k)).lower(scores, jnp.int32(3))
     assert "sort" not in lowered.as_text()
@@ -233,11 +232,46 @@ def test_bad_input_raises() -> None:
             kth_largest(jnp.ones(3), k)
 
 
-@pytest.mark.parametrize("shape", [(6, 8), (300, 256)])
-def test_a_sharded_leaf_stays_sharded(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("shape", [(20, 30), (300, 257)])
+def test_ties_are_drawn_exactly(shape: tuple[int, int], x64: bool) -> None:
+    with jax.enable_x64(x64):
+        scores = {"a": jnp.zeros(shape, jnp.float32), "b": jnp.zeros(shape[::-1], jnp.float32).at[0].set(1)}
+        where = {"a": jnp.ones(shape, bool), "b": jnp.ones(shape[::-1], bool)}
+        first, other = (top_k_at_random(scores, jnp.int32(shape[0] + 37), where, jax.random.key(n)) for n in (0, 1))
+        for chosen in (first, other):
+            assert chosen["b"][0].all() and sum(int(mask.sum()) for mask in chosen.values()) == shape[0] + 37
+        assert (first["a"] != other["a"]).any()
+        scores = random_scores(jax.random.key(0), shape)
+        assert scores.dtype == jnp.float32 and scores.min() >= 0 and scores.max() < 1
+
+
+def test_the_passes_over_a_sampled_leaf_are_few() -> None:
+    rng, size = np.random.default_rng(7), 70_000
+    zeros = np.where(rng.random(size) < 0.95, 0, rng.normal(size=size) * 1e-20)
+    for scores in (
+        rng.normal(size=size),
+        zeros,
+        np.arange(size) % 64,
+        np.float32(2.0) ** rng.integers(-140, 120, size),
+    ):
+        for k in (1, 2, size // 1000, size // 20, size // 2, size - 1):
+            keys = topk._order_keys(jnp.asarray(scores, jnp.float32))
+            trials = []
+            bracket = topk._Bracket(jnp.uint32(0), keys.max(), jnp.int32(size), jnp.int32(0))
+            while bracket.low < bracket.last and bracket.reached != k:
+                trial = bracket.trial(jnp.int32(len(trials) + 2), jnp.int32(k))
+                bracket = bracket.narrowed(trial, jnp.sum(keys >= trial), jnp.int32(k))
+                trials.append(int(trial))
+            assert len(trials) <= 40
+
+
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("shape", [(6, 8), (402, 302)])
+def test_a_sharded_leaf_stays_sharded(shape: tuple[int, int], axis: AxisType) -> None:
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(axis,), devices=jax.devices()[:2])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
     scores = np.random.default_rng(4).integers(0, 9, shape).astype(np.float32)
     mask = top_k_mask(jax.device_put(scores, sharding), 11)

@@ -21,7 +21,7 @@ def random_order(key: Array, shape: tuple[int, ...], start: int = 0) -> Array:
     draw places from.
     """
     bits = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) + jnp.uint32(start)
-    for salt in jax.random.bits(key, (2,)):
+    for salt in jax.random.bits(key, (2,), jnp.uint32):
         bits = (bits ^ salt ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
         bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
         bits = bits ^ (bits >> 16)

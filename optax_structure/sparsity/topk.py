@@ -1,9 +1,9 @@
 """Exact selection of the k largest entries, without a sort.
 
 Each number becomes an unsigned integer of the same order, and the k-th largest is found by passes that compare and
-count, each one fused reduction: bit by bit from the top, at most 32; in a large array about ten, between two bounds
-that a sample of it gives. Nothing is sorted, gathered or scattered, so the cost is that of reading the array a dozen
-times, on any accelerator, at any k.
+count, each one fused reduction: bit by bit from the top, at most 32; in a large array, between two bounds that a
+sample of it gives, mostly about ten and at most forty-odd. Nothing is sorted, gathered or scattered, so the cost is
+that of reading the array a dozen times or two, on any accelerator, at any k.
 
 References:
   Floyd and Rivest, Expected time bounds for selection, 1975: bounds from a sample.
@@ -24,7 +24,6 @@ from optax_structure._tree import PyTree, align
 
 _SIGN = np.uint32(0x80000000)
 _INFINITY = np.uint32(0x7F800000)
-_LAST = np.uint32(0xFFFFFFFF)
 _SAMPLE = 4096
 
 
@@ -103,7 +102,7 @@ class _Bracket(NamedTuple):
         aim = excess + jnp.where(excess * 2 > keys, -deviation, deviation)
         share = jnp.clip((aim + 0.5) / (keys + 1), 0, 1 - 2.0**-20)
         offset = jnp.minimum((share * width.astype(jnp.float32)).astype(jnp.uint32), width - 1)
-        return self.low + 1 + jnp.where((passes % 4 == 3) | (passes > 12), (width - 1) // 2, offset)
+        return self.low + 1 + jnp.where((passes % 4 == 3) | (passes > 8), (width - 1) // 2, offset)
 
 
 def _sample(key: Array, share: float) -> Array:
@@ -116,6 +115,11 @@ def _sample(key: Array, share: float) -> Array:
     return key[tuple(slice(None, None, stride) for _, stride in sorted(strides))].ravel()
 
 
+def _axes_are_explicit(key: Array) -> bool:
+    """Whether a mesh of explicit axes shards it: a slice of such an axis has to be divisible among the devices."""
+    return any(axes is not None for axes in jax.typeof(key).sharding.spec)
+
+
 def _kth_key(keys: list[Array], k: Array, candidates: Array) -> tuple[Array, Array]:
     """The largest threshold that at least k keys reach, or one that k do, and how many reach it."""
 
@@ -123,7 +127,7 @@ def _kth_key(keys: list[Array], k: Array, candidates: Array) -> tuple[Array, Arr
         return _total([key >= threshold for key in keys])
 
     total = sum(key.size for key in keys)
-    if total < 16 * _SAMPLE:
+    if total < 16 * _SAMPLE or any(map(_axes_are_explicit, keys)):
         return _threshold(count, 32, k, candidates)
     sample = jnp.concatenate([_sample(key, _SAMPLE / total) for key in keys])
     rank = k.astype(jnp.float32) * (sample.size / total)
@@ -142,7 +146,8 @@ def _kth_key(keys: list[Array], k: Array, candidates: Array) -> tuple[Array, Arr
         trial = jnp.where(passes < 2, first[jnp.minimum(passes, 1)], bracket.trial(passes, k))
         return passes + 1, bracket.narrowed(trial, count(trial), k)
 
-    everything = _Bracket(jnp.uint32(0), jnp.uint32(_LAST), candidates, jnp.int32(0))
+    highest = functools.reduce(jnp.maximum, [jnp.max(key, initial=np.uint32(0)) for key in keys])
+    everything = _Bracket(jnp.uint32(0), highest, candidates, jnp.int32(0))
     _, bracket = lax.while_loop(unfinished, step, (jnp.int32(0), everything))
     return bracket.low, bracket.reached
 
