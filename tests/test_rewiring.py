@@ -442,6 +442,7 @@ def test_the_clock_goes_through_a_transfer() -> None:
         (lambda: oxs.rewiring(None, fraction=lambda step: 0.3), r"is replaced, so it needs drop="),
         (lambda: oxs.rewiring(seed=1.5), r"seed=1.5 must be an int or a JAX random key"),
         (lambda: oxs.proportional_growth(0.1, per="tree"), r"per='tree': every leaf grows by its own"),
+        (lambda: oxs.magnitude_pruning(0.5, stop=9, distribution="ER"), r"distribution='ER' is unknown"),
         (lambda: oxs.rewiring(accumulate=0), r"accumulate=0 must be an integer from 1 to every=100"),
         (lambda: oxs.rewiring(every=5, accumulate=6), r"accumulate=6 must be"),
         (lambda: oxs.rewiring(per="tree", pattern=oxs.tiles(4)), r"per='tree' lets all"),

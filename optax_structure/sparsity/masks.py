@@ -42,6 +42,12 @@ def is_kernel(path: str, leaf: Any) -> bool:
     return getattr(leaf, "ndim", 0) >= 2 and path.rsplit("/", 1)[-1] != "embedding"
 
 
+def check_distribution(distribution: str) -> None:
+    """Raise ``ValueError`` for an unknown one."""
+    if distribution not in ("erk", "uniform"):
+        raise ValueError(f"distribution={distribution!r} is unknown; choose 'erk' or 'uniform'.")
+
+
 def random_masks(
     key: Array,
     params: Params,
@@ -98,8 +104,7 @@ def random_masks(
       Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018 (ER);
       Evci et al., Rigging the lottery, 2020 (ERK).
     """
-    if distribution not in ("erk", "uniform"):
-        raise ValueError(f"distribution={distribution!r} is unknown; choose 'erk' or 'uniform'.")
+    check_distribution(distribution)
     if isinstance(min_fan_in, bool) or not isinstance(min_fan_in, (int, np.integer)) or min_fan_in < 0:
         raise ValueError(f"min_fan_in={min_fan_in!r} must be an integer of at least 0.")
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves_by_path(params).items() if select(path, leaf)}

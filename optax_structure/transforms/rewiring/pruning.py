@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from optax_structure.sparsity.masks import check_distribution
 from optax_structure.transforms.rewiring.budgets import Towards
 from optax_structure.transforms.rewiring.rules import Rewiring, rewiring
 from optax_structure.transforms.rewiring.scores import Score, at_random, by_magnitude, by_saliency
@@ -43,8 +44,8 @@ def magnitude_pruning(
       A rule, to be passed as ``sparse(inner, oxs.full_masks, rewire=rule)``.
 
     Raises:
-      ValueError: for densities outside (0, 1], a power that is not above 0, and as ``rewiring``; at ``init`` for labels
-        that do not fit.
+      ValueError: for densities outside (0, 1], an unknown distribution, a power that is not above 0, and as
+        ``rewiring``; at ``init`` for labels that do not fit.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_structure as oxs
@@ -65,6 +66,7 @@ def magnitude_pruning(
         for share in value.values() if isinstance(value, Mapping) else (value,):
             if not 0 < share <= 1:
                 raise ValueError(f"{name}={value!r} must be in (0, 1], the share of connections that exist.")
+    check_distribution(distribution)
     if not power > 0:
         raise ValueError(f"power={power!r} must be above 0.")
     if isinstance(density, Mapping) and labels is None:
