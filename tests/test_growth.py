@@ -554,7 +554,7 @@ def test_patches_as_tiles_keep_masks_of_tiles_and_the_network_fast() -> None:
     masks = oxs.random_masks(KEY, params, 0.3, pattern=oxs.tiles(4))
     masks["head"]["kernel"] = True
     params = oxs.apply_masks(params, masks)
-    # 9 -> 8 -> 7 units: the grids are 3 x 2 and 2 x 2, and cut off at their edges.
+    # 12 -> 9 -> 8 -> 7 units: the grids are 3 x 3, 3 x 2 and 2 x 2, and cut off at their edges.
     extrema = Extrema({"b": jnp.arange(8) == 1, "c": jnp.zeros(7, bool)}, {"a": jnp.arange(9) == 8})
     touched = 0
     for seed in range(8):
@@ -749,7 +749,8 @@ def test_bad_input_is_named() -> None:
         (lambda: embed_patches(*args, 3, key=KEY, max_new=-1), "max_new=-1"),
         (lambda: embed_patches(*args, 3, key=KEY, tile=0), "tile=0"),
         (lambda: embed_patches(*args, 3, key=KEY, tile=4, max_new=5), "max_new=5 would leave tiles"),
-        (lambda: embed_patches(*args, 300, key=KEY, tile=4), "count=300 tiles of 4: only"),
+        (lambda: embed_patches(*args, 300, key=KEY, tile=4), "count=300 tiles of 4: .* only"),
+        (lambda: embed_patches(*args, 1, key=KEY, tile=99), "the dense kernels as large have only 0"),
         (lambda: embed_patches(*args, 3, key=KEY, extrema=extrema), r"extrema.dead\['b'\] has shape \(3,\)"),
         (
             lambda: extrema_scores(params, masks, units, Extrema({"x": jnp.ones(3)}, {}), key=KEY),

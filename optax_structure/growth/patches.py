@@ -182,7 +182,7 @@ def embed_patches(
     With ``tile=`` every block is a tile of the grid that ``tiles(tile)`` lays over the dense kernels, so that masks
     made of tiles stay so and the network stays as fast as it is small (``nn.BlockLinear``). Tiles that are not whole
     yet are drawn in proportion to the saturated units that they read and the dead ones that they write, those without
-    any last.
+    any last. Convolutions and kernels smaller than a tile are passed over.
 
     Args:
       params: the params tree.
@@ -313,7 +313,7 @@ def _tiles(
     ranks = []
     for link in links:
         mask = np.asarray(masks[link.path])
-        if mask.ndim != 2:  # of a convolution
+        if mask.ndim != 2 or min(mask.shape) < tile:  # of a convolution, or a head that no layer of tiles could hold
             ranks.append(np.full((1, 1), -np.inf))
             continue
         mask = mask if link.in_axis == 0 else mask.T
@@ -326,7 +326,9 @@ def _tiles(
         ranks.append(np.where(whole, -np.inf, rank))
     left = sum(int(np.isfinite(rank).sum()) for rank in ranks)
     if left < count:
-        raise ValueError(f"count={count} tiles of {tile}: only {left} tiles of the dense kernels are not whole.")
+        raise ValueError(
+            f"count={count} tiles of {tile}: the dense kernels as large have only {left} that are not whole."
+        )
     lowest = np.sort(np.concatenate([rank.ravel() for rank in ranks]))[-count]
     inside = np.arange(tile)
     chosen = [np.nonzero(rank >= lowest) for rank in ranks]
