@@ -51,7 +51,7 @@ def ablate_units(
     array and a patch always do. Its other connections become False in the masks and 0 in the params, which may leave
     the next unit without an input, or the one before without a reader, and so on. A unit left without any connection
     gets the bias 0; what momentum makes of it later, nobody reads. ``nonzero(masks)`` before and after says how many
-    connections became free for ``add_connections``.
+    connections became free for ``add_connections``; a rule that rewires goes on with those that are left.
 
     Without readers a unit goes and the function stays, unless a normalisation averages over units (LayerNorm). A unit
     without inputs is the constant ``c = activation(bias)``. With ``activation``, ``c * weight`` is added to the bias of

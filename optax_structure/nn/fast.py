@@ -113,7 +113,8 @@ class BlockLinear(_FastLinear):
     """A linear layer of which only some tiles of the kernel exist: ``kernel`` is ``(tiles, tile, tile)``.
 
     The fast form for any hardware: the product is one batched matrix product over the tiles (``block_matmul``). Tiles
-    move without a new compilation (``rewire``).
+    move without a new compilation (``rewire``). The parameters are small already: leave the layer out of
+    ``random_masks`` by ``select=``.
 
     Args:
       in_features: size of the last axis of the input.
@@ -195,7 +196,7 @@ class FanInLinear(_FastLinear):
     """A linear layer whose units have the same number of inputs each: ``kernel`` is ``(inputs a unit, units)``.
 
     For single connections at densities up to a few percent (see ``fan_in_matmul``); ``BlockLinear`` is faster.
-    Connections move without a new compilation (``rewire``).
+    Connections move without a new compilation (``rewire``). As of ``BlockLinear``, its parameters take no masks.
 
     Args:
       in_features: size of the last axis of the input.

@@ -190,7 +190,8 @@ def constant_fan_in() -> Grouped:
 def groups_of(m: int) -> Grouped:
     """N of every M (N:M): the same number of connections in each group of ``m`` consecutive inputs of a unit.
 
-    N follows from the density: ``0.5`` with ``groups_of(4)`` is 2:4, which GPUs multiply faster.
+    N follows from the density of each leaf: 0.5 with ``groups_of(4)`` is 2:4, which GPUs multiply faster. Where there
+    are several leaves, that takes ``distribution="uniform"``: by default small ones get more.
 
     Args:
       m: size of the groups, at least 2; it must divide the inputs of every sparse leaf.

@@ -200,7 +200,7 @@ def get_masks(state: optax.OptState) -> PyTree:
     """The masks that ``sparse`` holds in a state, however deep it is nested.
 
     Args:
-      state: the state of any chain or partition with ``sparse`` in it.
+      state: the state of any chain or partition with ``sparse`` in it; of an ``nnx.Optimizer``, its ``opt_state``.
 
     Returns:
       Tree of masks with the structure of params. Where several groups of a partition are sparse, their masks are put
@@ -221,7 +221,10 @@ def get_masks(state: optax.OptState) -> PyTree:
         if isinstance(node, Masks)
     ]
     if not found:
-        raise ValueError("no masks in this state: it is not the state of a transformation with sparse(inner, masks).")
+        raise ValueError(
+            "no masks in this state: pass that of a transformation with sparse(inner, masks), as tx.init gave it (of "
+            "nnx.Optimizer: optimizer.opt_state)."
+        )
 
     return put_together(found, jnp.ones((), bool))
 

@@ -145,8 +145,11 @@ def sparse(
     pruning; see ``rewiring``), a new one starts at 0 and without a past in the optimizer's state (its second moment is
     what bounds its first updates, see ``transfer_state``), all others keep theirs bit for bit. The rule alone sees the
     dense gradient, which is the step's own. State that has no entry a connection (the factors of Adafactor, a norm a
-    layer) stays as it is. Mask the params first (``apply_masks``). What freezes goes around ``sparse``, as
-    ``freeze_labels(sparse(...))``: inside, a frozen leaf would lose connections and get none.
+    layer) stays as it is. Mask the params first (``apply_masks``).
+
+    In a chain ``sparse`` goes last: what comes after it (a learning rate, weight decay, an average) changes the update
+    that takes a weight off the mask to 0. What freezes goes around it, as ``freeze_labels(sparse(...))``: inside, a
+    frozen leaf would lose connections and get none.
 
     Args:
       inner: the optimizer. It sees gradients that are 0 off the mask.
