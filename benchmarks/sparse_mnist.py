@@ -8,7 +8,8 @@ and ends at the density; ``recipe``, which is the library's own, and what is lef
 random regrowth, with the gradient of one batch, without any rewiring. All train with Adam, batch 128, masks by ERK,
 30 % rewired every 100 updates until three quarters of the training, falling along a cosine; all but the recipes at a
 constant rate of 1e-3. Kernels are drawn dense and masked: He-normal, which on the validation split gains static masks
-and SET 0.15 points, does nothing for RigL and costs the recipes 0.15, so that those have Flax's own, LeCun-normal.
+and SET 0.15 points, does nothing for RigL and costs the recipes 0.15 and pruning 0.3, so that those have Flax's own,
+LeCun-normal.
 
 ``--ladder`` goes down to 0.1 % instead (669 weights for 1,034 units: no unit is promised an input). ``--picture FILE``
 draws all that ``--out`` holds by then.
@@ -79,7 +80,11 @@ ARMS = {
     "rigl": Arm(lambda steps, density: oxs.rigl_rewiring(**until(steps))),
     "rigl, accumulated": Arm(lambda steps, density: oxs.rigl_rewiring(accumulate=100, **until(steps))),
     "random": Arm(lambda steps, density: oxs.random_rewiring(**until(steps))),
-    "pruned": Arm(lambda steps, density: oxs.magnitude_pruning(density, every=100, stop=int(0.6 * steps)), dense=True),
+    "pruned": Arm(
+        lambda steps, density: oxs.magnitude_pruning(density, every=100, stop=int(0.6 * steps)),
+        dense=True,
+        kernels=jax.nn.initializers.lecun_normal(),
+    ),
     "recipe": recipe(),
     "recipe, random growth": recipe(oxs.at_random),
     "recipe, one gradient": recipe()._replace(rule=lambda steps, density: oxs.rigl_rewiring(**until(steps))),
