@@ -49,7 +49,7 @@ def _order_keys(values: Array) -> Array:
     raise ValueError(f"scores have dtype {values.dtype}, which has no order; pass real numbers.")
 
 
-def _threshold(count: Callable[[Array], Array], bits: int, k: Array, reached: Array) -> tuple[Array, Array]:
+def _threshold(count: Callable[[Array], Array], k: Array, reached: Array) -> tuple[Array, Array]:
     """The largest threshold t with ``count(t) >= k``, or the first one found with ``count(t) == k``, and its count."""
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
@@ -63,7 +63,7 @@ def _threshold(count: Callable[[Array], Array], bits: int, k: Array, reached: Ar
         enough = number >= k
         return bit - 1, jnp.where(enough, trial, threshold), jnp.where(enough, number, reached)
 
-    _, threshold, reached = lax.while_loop(unfinished, step, (jnp.int32(bits - 1), jnp.uint32(0), reached))
+    _, threshold, reached = lax.while_loop(unfinished, step, (jnp.int32(31), jnp.uint32(0), reached))
     return threshold, reached
 
 
@@ -128,13 +128,13 @@ def _kth_key(keys: list[Array], k: Array, candidates: Array) -> tuple[Array, Arr
 
     total = sum(key.size for key in keys)
     if total < 16 * _SAMPLE or any(map(_axes_are_explicit, keys)):
-        return _threshold(count, 32, k, candidates)
+        return _threshold(count, k, candidates)
     sample = jnp.concatenate([_sample(key, _SAMPLE / total) for key in keys])
     rank = k.astype(jnp.float32) * (sample.size / total)
     margin = 2.5 * jnp.sqrt(rank) + 1
     ranks = jnp.stack([jnp.ceil(rank + margin), jnp.floor(rank - margin)]).astype(jnp.int32)
     size = jnp.int32(sample.size)
-    (low, high), _ = jax.vmap(lambda rank: _threshold(lambda of: _total([sample >= of]), 32, rank, size))(ranks)
+    (low, high), _ = jax.vmap(lambda rank: _threshold(lambda of: _total([sample >= of]), rank, size))(ranks)
     # Above the upper bound, so that two passes are all where most entries are equal and both bounds are that number.
     first = jnp.stack([low, high + 1])
 
