@@ -238,6 +238,12 @@ def main() -> None:
             deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
             cells.append(f"{np.mean(values):.2f} ± {deviation:.2f} ({found[0]['connections']:,})")
         print(f"| {arm} | {' | '.join(cells)} |")
+    for share in densities:
+        masks = oxs.random_masks(jax.random.key(0), shapes(), share, min_fan_in=0 if args.ladder else 1)
+        costs = oxs.count(apply, init(jax.random.key(0), jax.nn.initializers.zeros, masks), masks, x[:1]).total
+        images = EPOCHS * (len(x) // BATCH) * BATCH
+        executed, free = (flops * images for flops in (costs.training_flops, costs.free_training_flops))
+        print(f"training FLOPs at {100 * share:g} %: {executed:.1e} executed, {free:.1e} were sparsity free")
     if args.picture:
         draw(figures, args.picture)
 
